@@ -1,0 +1,251 @@
+//! Single layers of `AlexNet` at the authors' setting, one image, one thread:
+//! every kernel of every ISA the CPU has, product-quantised and dense.
+//!
+//! Items are look-ups of the quantised layer, for the dense kernels too, so
+//! that the columns compare.
+
+use std::fmt;
+
+use divan::Bencher;
+use divan::counter::ItemsCount;
+use qcnn_core::Isa;
+use qcnn_core::geometry::ConvGeometry;
+use qcnn_core::graph::PqGeometry;
+use qcnn_core::kernels::{ConvLayer, FcLayer, Kernel, Weights, conv_kernels, fc_kernels};
+
+fn main() {
+    divan::main();
+}
+
+/// `n` numbers in -1..1.
+fn floats(n: usize) -> Vec<f32> {
+    (0..n)
+        .map(|i| (i * 7919 % 2003) as f32 / 1001.0 - 1.0)
+        .collect()
+}
+
+fn codes(n: usize, n_centroids: usize) -> Vec<u16> {
+    (0..n)
+        .map(|i| (i * 7919 % 10_007 % n_centroids) as u16)
+        .collect()
+}
+
+fn run(bencher: Bencher<'_, '_>, kernel: &dyn Kernel, n: usize, lens: [usize; 2], lookups: usize) {
+    let input = floats(n * lens[0]);
+    let mut output = vec![0.0; n * lens[1]];
+    let mut scratch = vec![0.0; kernel.scratch_len(n)];
+    bencher
+        .counter(ItemsCount::new(n * lookups))
+        .bench_local(|| kernel.run(n, &input, &mut output, &mut scratch));
+}
+
+/// A layer on an ISA for a number of images.
+#[derive(Clone, Copy)]
+struct Case<L> {
+    layer: L,
+    isa: Isa,
+    n: usize,
+}
+
+impl<L: fmt::Display> fmt::Display for Case<L> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} x{} {}", self.layer, self.n, self.isa)
+    }
+}
+
+fn cases<L: Copy>(layers: &[L], batches: &[usize]) -> Vec<Case<L>> {
+    let mut cases = Vec::new();
+    for &layer in layers {
+        for &n in batches {
+            cases.extend(
+                Isa::available()
+                    .into_iter()
+                    .map(|isa| Case { layer, isa, n }),
+            );
+        }
+    }
+    cases
+}
+
+/// A convolution of `AlexNet`.
+#[derive(Clone, Copy)]
+struct Conv {
+    name: &'static str,
+    input: [usize; 3],
+    out_channels: usize,
+    kernel: usize,
+    stride: usize,
+    padding: usize,
+    groups: usize,
+}
+
+impl fmt::Display for Conv {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name)
+    }
+}
+
+const fn conv(
+    name: &'static str,
+    input: [usize; 3],
+    out_channels: usize,
+    [kernel, stride, padding, groups]: [usize; 4],
+) -> Conv {
+    Conv {
+        name,
+        input,
+        out_channels,
+        kernel,
+        stride,
+        padding,
+        groups,
+    }
+}
+
+const CONVS: [Conv; 5] = [
+    conv("conv1", [3, 227, 227], 96, [11, 4, 0, 1]),
+    conv("conv2", [96, 27, 27], 256, [5, 1, 2, 2]),
+    conv("conv3", [256, 13, 13], 384, [3, 1, 1, 1]),
+    conv("conv4", [384, 13, 13], 384, [3, 1, 1, 2]),
+    conv("conv5", [384, 13, 13], 256, [3, 1, 1, 2]),
+];
+
+fn bench_conv(bencher: Bencher<'_, '_>, case: &Case<Conv>, quantized: bool) {
+    let conv = &case.layer;
+    let geometry = ConvGeometry::new(
+        conv.name,
+        conv.input,
+        conv.out_channels,
+        [conv.kernel; 2],
+        [conv.stride; 2],
+        [1; 2],
+        [conv.padding; 4],
+        conv.groups,
+    )
+    .expect("AlexNet is possible");
+    let channels = geometry.group_in_channels();
+    let pq = PqGeometry {
+        n_subspaces: channels.div_ceil(8),
+        n_centroids: 128,
+        subvector_dim: 8,
+        codebook_groups: 1,
+    };
+    let codes_len = geometry.out_channels * geometry.taps() * pq.n_subspaces;
+    let codebooks = floats(pq.n_subspaces * pq.n_centroids * pq.subvector_dim);
+    let codes = codes(codes_len, pq.n_centroids);
+    let dense = floats(geometry.out_channels * channels * geometry.taps());
+    let layer = ConvLayer {
+        geometry: &geometry,
+        weights: if quantized {
+            Weights::ProductQuantized {
+                geometry: pq,
+                codebooks: &codebooks,
+                codes: &codes,
+            }
+        } else {
+            Weights::Dense(&dense)
+        },
+        bias: None,
+    };
+    let kernel = conv_kernels(&layer, case.isa)[0].build();
+    let lens = [
+        geometry.in_channels * geometry.in_pixels(),
+        geometry.out_channels * geometry.out_pixels(),
+    ];
+    run(
+        bencher,
+        &*kernel,
+        case.n,
+        lens,
+        codes_len * geometry.out_pixels(),
+    );
+}
+
+#[divan::bench(args = cases(&CONVS, &[1]))]
+fn conv_quantized(bencher: Bencher<'_, '_>, case: &Case<Conv>) {
+    bench_conv(bencher, case, true);
+}
+
+#[divan::bench(args = cases(&CONVS, &[1]))]
+fn conv_dense(bencher: Bencher<'_, '_>, case: &Case<Conv>) {
+    bench_conv(bencher, case, false);
+}
+
+/// A fully connected layer of `AlexNet`.
+#[derive(Clone, Copy)]
+struct Fc {
+    name: &'static str,
+    inputs: usize,
+    outputs: usize,
+    n_centroids: usize,
+    subvector_dim: usize,
+}
+
+impl fmt::Display for Fc {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name)
+    }
+}
+
+const FCS: [Fc; 2] = [
+    Fc {
+        name: "fc6",
+        inputs: 9216,
+        outputs: 4096,
+        n_centroids: 32,
+        subvector_dim: 4,
+    },
+    Fc {
+        name: "fc8",
+        inputs: 4096,
+        outputs: 1000,
+        n_centroids: 16,
+        subvector_dim: 1,
+    },
+];
+
+fn bench_fc(bencher: Bencher<'_, '_>, case: &Case<Fc>, quantized: bool) {
+    let fc = &case.layer;
+    let pq = PqGeometry {
+        n_subspaces: fc.inputs.div_ceil(fc.subvector_dim),
+        n_centroids: fc.n_centroids,
+        subvector_dim: fc.subvector_dim,
+        codebook_groups: 1,
+    };
+    let codes_len = fc.outputs * pq.n_subspaces;
+    let codebooks = floats(pq.n_subspaces * pq.n_centroids * pq.subvector_dim);
+    let codes = codes(codes_len, pq.n_centroids);
+    let dense = floats(if quantized { 0 } else { fc.inputs * fc.outputs });
+    let layer = FcLayer {
+        in_features: fc.inputs,
+        out_features: fc.outputs,
+        weights: if quantized {
+            Weights::ProductQuantized {
+                geometry: pq,
+                codebooks: &codebooks,
+                codes: &codes,
+            }
+        } else {
+            Weights::Dense(&dense)
+        },
+        bias: None,
+    };
+    let kernel = fc_kernels(&layer, case.isa)[0].build();
+    run(
+        bencher,
+        &*kernel,
+        case.n,
+        [fc.inputs, fc.outputs],
+        codes_len,
+    );
+}
+
+#[divan::bench(args = cases(&FCS, &[1, 16]))]
+fn fc_quantized(bencher: Bencher<'_, '_>, case: &Case<Fc>) {
+    bench_fc(bencher, case, true);
+}
+
+#[divan::bench(args = cases(&FCS, &[1, 16]))]
+fn fc_dense(bencher: Bencher<'_, '_>, case: &Case<Fc>) {
+    bench_fc(bencher, case, false);
+}

@@ -1,0 +1,290 @@
+//! Instruction sets: names, detection and the vector primitives.
+//!
+//! # Choosing one
+//!
+//! [`Isa::detect`] takes the best level the CPU has. The environment variable
+//! `QCNN_ISA` (`portable`, `avx2` or `avx512`) forces another one; a level that
+//! is unknown or that the CPU lacks is an error, never a silent fallback.
+//!
+//! | level | needs | vector |
+//! |---|---|---|
+//! | `portable` | nothing | 4 lanes of plain Rust (SSE2 or NEON registers) |
+//! | `avx2` | AVX2, FMA | 8 lanes |
+//! | `avx512` | AVX-512 F, BW, DQ, VL and `avx2`'s needs | 16 lanes |
+//!
+//! # How kernels are compiled
+//!
+//! Hot loops are written once, generic over `Simd`, each as a `Task`.
+//! `Simd::call` runs a task inside a function that has the level's
+//! `#[target_feature]`s, and because everything a task calls is
+//! `#[inline(always)]`, the loop is compiled for that level: the primitives
+//! become single instructions and plain loops are vectorised for it as well.
+//! The only things that differ between levels are the primitives. What is not
+//! hot stays outside of tasks: small functions keep their sums in registers.
+//!
+//! A level's token is a zero-size value that only its `Simd::new` can make,
+//! after asking the CPU: holding one proves that its instructions may be
+//! executed.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod portable;
+
+use std::fmt;
+use std::str::FromStr;
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx2::Avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx512::Avx512;
+pub(crate) use portable::Portable;
+
+use crate::error::{Error, Result};
+
+/// Environment variable that forces a level.
+pub const ISA_VARIABLE: &str = "QCNN_ISA";
+
+/// An instruction-set level, from the lowest to the highest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Isa {
+    /// Plain Rust for the target's baseline.
+    Portable,
+    /// AVX2 and FMA.
+    Avx2,
+    /// AVX-512 F, BW, DQ and VL, with AVX2 and FMA.
+    Avx512,
+}
+
+impl Isa {
+    const ALL: [Self; 3] = [Self::Portable, Self::Avx2, Self::Avx512];
+
+    /// The level's name in options, in `QCNN_ISA` and in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Portable => "portable",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+        }
+    }
+
+    /// The levels this CPU has, from the lowest to the highest.
+    pub fn available() -> Vec<Self> {
+        Self::ALL
+            .into_iter()
+            .filter(|isa| isa.level().is_some())
+            .collect()
+    }
+
+    /// The level `QCNN_ISA` names, or else the best one this CPU has. An empty
+    /// variable counts as unset.
+    pub fn detect() -> Result<Self> {
+        match std::env::var_os(ISA_VARIABLE) {
+            Some(name) if !name.is_empty() => name
+                .to_string_lossy()
+                .parse::<Self>()
+                .and_then(Self::check_available)
+                .map_err(|e| Error::Config(format!("environment variable {ISA_VARIABLE}: {e}"))),
+            _ => Ok(Self::ALL
+                .into_iter()
+                .rfind(|isa| isa.level().is_some())
+                .unwrap_or(Self::Portable)),
+        }
+    }
+
+    /// `self`, or an error that says what the CPU has.
+    pub fn check_available(self) -> Result<Self> {
+        match self.level() {
+            Some(_) => Ok(self),
+            None => Err(Error::Config(format!(
+                "isa is {:?}, which this CPU does not have; available are {}",
+                self.name(),
+                names(&Self::available())
+            ))),
+        }
+    }
+
+    /// The proof that this CPU has the level.
+    pub(crate) fn level(self) -> Option<Level> {
+        match self {
+            Self::Portable => Portable::new().map(Level::Portable),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => Avx2::new().map(Level::Avx2),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => Avx512::new().map(Level::Avx512),
+            #[cfg(not(target_arch = "x86_64"))]
+            Self::Avx2 | Self::Avx512 => None,
+        }
+    }
+}
+
+fn names(isas: &[Isa]) -> String {
+    let names: Vec<_> = isas.iter().map(|isa| format!("{:?}", isa.name())).collect();
+    names.join(", ")
+}
+
+impl fmt::Display for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Isa {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        Self::ALL
+            .into_iter()
+            .find(|isa| isa.name() == name)
+            .ok_or_else(|| {
+                Error::Config(format!(
+                    "isa is {name:?}, expected one of {} (available here: {})",
+                    names(&Self::ALL),
+                    names(&Self::available())
+                ))
+            })
+    }
+}
+
+/// A level with its token: what sessions hold to run tasks.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Level {
+    /// See [`Portable`].
+    Portable(Portable<4>),
+    /// See [`Avx2`].
+    #[cfg(target_arch = "x86_64")]
+    Avx2(Avx2),
+    /// See [`Avx512`].
+    #[cfg(target_arch = "x86_64")]
+    Avx512(Avx512),
+}
+
+impl Level {
+    /// Run `task` compiled for this level. The one place that dispatches.
+    pub(crate) fn call<T: Task>(self, task: T) -> T::Output {
+        match self {
+            Self::Portable(simd) => simd.call(task),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(simd) => simd.call(task),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(simd) => simd.call(task),
+        }
+    }
+}
+
+/// Work that is compiled once per level.
+pub(crate) trait Task {
+    /// What the work returns.
+    type Output;
+
+    /// Do it. Implementations are `#[inline(always)]`, see the module's
+    /// documentation.
+    fn run<S: Simd>(self, simd: S) -> Self::Output;
+}
+
+/// The vector primitives of one level: `LANES` float32 values at a time.
+pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
+    /// Prefix of kernel names.
+    const NAME: &'static str;
+    /// Values in a vector.
+    const LANES: usize;
+    /// Vectors the architecture's registers hold, which bounds the
+    /// accumulators of a kernel.
+    const REGISTERS: usize;
+    /// A vector.
+    type F32: Copy + fmt::Debug;
+
+    /// The token, if the CPU has the level.
+    fn new() -> Option<Self>;
+
+    /// Run `task` in a function compiled for this level.
+    fn call<T: Task>(self, task: T) -> T::Output;
+
+    /// Every lane `value`.
+    fn splat(self, value: f32) -> Self::F32;
+
+    /// `a + b`
+    fn add(self, a: Self::F32, b: Self::F32) -> Self::F32;
+
+    /// `a * b + c`, rounded once where the level can.
+    fn mul_add(self, a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32;
+
+    /// The `LANES` values at `source`, which needs no alignment.
+    ///
+    /// # Safety
+    ///
+    /// `source` is valid for reads of `LANES` values.
+    unsafe fn load(self, source: *const f32) -> Self::F32;
+
+    /// Write the `LANES` values to `target`, which needs no alignment.
+    ///
+    /// # Safety
+    ///
+    /// `target` is valid for writes of `LANES` values.
+    unsafe fn store(self, target: *mut f32, vector: Self::F32);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_round_trip() {
+        for isa in Isa::ALL {
+            assert_eq!(isa.name().parse::<Isa>().unwrap(), isa);
+        }
+        let message = "sse9".parse::<Isa>().unwrap_err().to_string();
+        assert!(
+            message.contains("sse9") && message.contains("\"portable\""),
+            "{message}"
+        );
+    }
+
+    #[test]
+    fn portable_is_always_available() {
+        assert_eq!(Isa::available()[0], Isa::Portable);
+    }
+
+    #[test]
+    fn an_absent_level_is_an_error() {
+        for isa in Isa::ALL {
+            assert_eq!(
+                isa.check_available().is_ok(),
+                Isa::available().contains(&isa)
+            );
+        }
+    }
+
+    /// All primitives of every level against plain arithmetic on small
+    /// integers, which no rounding disturbs.
+    struct CheckPrimitives;
+
+    impl Task for CheckPrimitives {
+        type Output = ();
+
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) {
+            let source: Vec<f32> = (0..=S::LANES).map(|i| i as f32).collect();
+            let mut target = vec![-1.0f32; S::LANES + 2];
+            // SAFETY: both buffers hold LANES values beyond element 1.
+            unsafe {
+                let v = s.load(source.as_ptr().add(1));
+                let v = s.add(s.mul_add(v, s.splat(3.0), s.splat(-2.0)), v);
+                s.store(target.as_mut_ptr().add(1), v);
+            }
+            let mut expected: Vec<f32> = (1..=S::LANES).map(|i| 4.0 * i as f32 - 2.0).collect();
+            expected.insert(0, -1.0);
+            expected.push(-1.0);
+            assert_eq!(target, expected, "{}", S::NAME);
+        }
+    }
+
+    #[test]
+    fn primitives() {
+        for isa in Isa::available() {
+            isa.level().unwrap().call(CheckPrimitives);
+        }
+        Portable::<16>::new().unwrap().call(CheckPrimitives);
+    }
+}

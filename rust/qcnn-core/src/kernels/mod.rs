@@ -1,0 +1,221 @@
+//! Kernels of convolutions and fully connected layers.
+//!
+//! A [`Kernel`] holds one layer's weights in the order in which it reads them
+//! and runs the layer. [`conv_kernels`] and [`fc_kernels`] list what there is
+//! for a layer on an ISA; a session takes the one that a cost model says is the
+//! fastest. That may be a dense kernel with decoded weights, where look-ups
+//! would replace too few multiplications. The reference they are all tested
+//! against is [`scalar`].
+//!
+//! An image's response does not depend on the batch it comes in: every kernel
+//! sums in the same order for one image and for many.
+
+mod pixels;
+pub(crate) mod planes;
+pub mod scalar;
+pub(crate) mod tile;
+mod words;
+
+use std::borrow::Cow;
+use std::fmt::{self, Debug};
+
+use crate::geometry::ConvGeometry;
+use crate::graph::PqGeometry;
+use crate::isa::{Isa, Simd, Task};
+use crate::ops::conv::{DirectConv, GemmConv};
+use crate::ops::fc::GemmFc;
+use pixels::PixelsConv;
+use words::WordsFc;
+
+/// A layer, ready to run.
+pub trait Kernel: Debug + Send + Sync {
+    /// Architecture, ISA, element type and method, such as
+    /// `x86_64-avx2-f32-pixels`.
+    fn name(&self) -> &str;
+
+    /// Elements of scratch that [`run`](Self::run) needs for `n` images.
+    fn scratch_len(&self, n: usize) -> usize;
+
+    /// Compute the responses of `n` images.
+    ///
+    /// `input` and `output` hold `n` images back to back. The scratch may hold
+    /// anything; it starts on a 64-byte boundary when a session runs the kernel
+    /// (loads straddle fewer cache lines then, nothing depends on it).
+    ///
+    /// # Panics
+    ///
+    /// If a slice is too short.
+    fn run(&self, n: usize, input: &[f32], output: &mut [f32], scratch: &mut [f32]);
+}
+
+/// Weights of a layer as the network stores them.
+#[derive(Clone, Copy, Debug)]
+pub enum Weights<'a> {
+    /// `(outputs, channels per group, taps)`.
+    Dense(&'a [f32]),
+    /// Codebooks and codes.
+    ProductQuantized {
+        /// How the channels of a group are split.
+        geometry: PqGeometry,
+        /// `(groups or 1, M, K, C')`.
+        codebooks: &'a [f32],
+        /// `(outputs, taps, M)`, each below `K`.
+        codes: &'a [u16],
+    },
+}
+
+/// A convolution to make a kernel of.
+#[derive(Clone, Copy, Debug)]
+pub struct ConvLayer<'a> {
+    /// Extents, strides, padding.
+    pub geometry: &'a ConvGeometry,
+    /// Weights.
+    pub weights: Weights<'a>,
+    /// One value per output channel.
+    pub bias: Option<&'a [f32]>,
+}
+
+/// A fully connected layer to make a kernel of.
+#[derive(Clone, Copy, Debug)]
+pub struct FcLayer<'a> {
+    /// Length of the input.
+    pub in_features: usize,
+    /// Length of the output.
+    pub out_features: usize,
+    /// Weights, with a single tap.
+    pub weights: Weights<'a>,
+    /// One value per output.
+    pub bias: Option<&'a [f32]>,
+}
+
+impl<'a> ConvLayer<'a> {
+    /// The weights, decoded if necessary.
+    pub(crate) fn dense_weights(&self) -> Cow<'a, [f32]> {
+        match self.weights {
+            Weights::Dense(weight) => Cow::Borrowed(weight),
+            Weights::ProductQuantized { .. } => Cow::Owned(self.decode()),
+        }
+    }
+
+    /// The bias, zeros without one.
+    pub(crate) fn bias_or_zeros(&self) -> Vec<f32> {
+        match self.bias {
+            Some(bias) => bias.to_vec(),
+            None => vec![0.0; self.geometry.out_channels],
+        }
+    }
+}
+
+impl<'a> FcLayer<'a> {
+    /// The weights, decoded if necessary.
+    pub(crate) fn dense_weights(&self) -> Cow<'a, [f32]> {
+        match self.weights {
+            Weights::Dense(weight) => Cow::Borrowed(weight),
+            Weights::ProductQuantized { .. } => Cow::Owned(self.decode()),
+        }
+    }
+
+    /// The bias, zeros without one.
+    pub(crate) fn bias_or_zeros(&self) -> Vec<f32> {
+        match self.bias {
+            Some(bias) => bias.to_vec(),
+            None => vec![0.0; self.out_features],
+        }
+    }
+}
+
+/// A kernel that can run a certain layer.
+pub struct Candidate<'a> {
+    cycles: f64,
+    build: Box<dyn Fn() -> Box<dyn Kernel> + 'a>,
+}
+
+impl<'a> Candidate<'a> {
+    pub(crate) fn new<K: Kernel + 'static>(cycles: f64, build: impl Fn() -> K + 'a) -> Self {
+        Self {
+            cycles,
+            build: Box::new(move || Box::new(build())),
+        }
+    }
+
+    /// Clock cycles that one image takes, by a rough model whose constants were
+    /// measured on a Zen 3 core. Only comparisons mean something.
+    pub fn cycles(&self) -> f64 {
+        self.cycles
+    }
+
+    /// Pack the weights.
+    pub fn build(&self) -> Box<dyn Kernel> {
+        (self.build)()
+    }
+}
+
+impl fmt::Debug for Candidate<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Candidate")
+            .field("cycles", &self.cycles)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Every kernel on `isa` that can run `layer`, from the fastest to the slowest
+/// by the model. There is always one if the CPU has the level.
+pub fn conv_kernels<'a>(layer: &'a ConvLayer<'a>, isa: Isa) -> Vec<Candidate<'a>> {
+    struct List<'a>(&'a ConvLayer<'a>);
+    impl<'a> Task for List<'a> {
+        type Output = Vec<Candidate<'a>>;
+
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) -> Vec<Candidate<'a>> {
+            conv_kernels_of(self.0, simd)
+        }
+    }
+    isa.level()
+        .map_or_else(Vec::new, |level| level.call(List(layer)))
+}
+
+/// As [`conv_kernels`], also for levels that no session uses.
+fn conv_kernels_of<'a, S: Simd>(layer: &'a ConvLayer<'a>, simd: S) -> Vec<Candidate<'a>> {
+    let mut candidates: Vec<_> = [
+        PixelsConv::candidate(simd, layer),
+        DirectConv::candidate(simd, layer),
+        Some(GemmConv::candidate(simd, layer)),
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
+    candidates.sort_by(|a, b| a.cycles.total_cmp(&b.cycles));
+    candidates
+}
+
+/// Every kernel on `isa` that can run `layer`, from the fastest to the slowest
+/// by the model. There is always one if the CPU has the level.
+pub fn fc_kernels<'a>(layer: &'a FcLayer<'a>, isa: Isa) -> Vec<Candidate<'a>> {
+    struct List<'a>(&'a FcLayer<'a>);
+    impl<'a> Task for List<'a> {
+        type Output = Vec<Candidate<'a>>;
+
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) -> Vec<Candidate<'a>> {
+            fc_kernels_of(self.0, simd)
+        }
+    }
+    isa.level()
+        .map_or_else(Vec::new, |level| level.call(List(layer)))
+}
+
+/// As [`fc_kernels`], also for levels that no session uses.
+fn fc_kernels_of<'a, S: Simd>(layer: &'a FcLayer<'a>, simd: S) -> Vec<Candidate<'a>> {
+    let mut candidates: Vec<_> = [
+        WordsFc::candidate(simd, layer),
+        Some(GemmFc::candidate(simd, layer)),
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
+    candidates.sort_by(|a, b| a.cycles.total_cmp(&b.cycles));
+    candidates
+}
+
+#[cfg(test)]
+mod tests;

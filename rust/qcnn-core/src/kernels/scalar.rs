@@ -1,0 +1,140 @@
+//! Reference kernels: plain loops straight from the formulas, summed in
+//! float64. They define what every other kernel has to compute.
+
+use super::{ConvLayer, FcLayer, Weights};
+use crate::geometry::ConvGeometry;
+
+impl Weights<'_> {
+    /// The weight of output `o`, channel `c` of the output's group, and `tap`,
+    /// in a layer with these extents.
+    ///
+    /// `W[o, m * C' + j, tap] = codebooks[m, codes[o, tap, m], j]`
+    fn value(&self, extents: Extents, o: usize, c: usize, tap: usize) -> f32 {
+        match *self {
+            Self::Dense(weight) => weight[(o * extents.channels + c) * extents.taps + tap],
+            Self::ProductQuantized {
+                geometry: pq,
+                codebooks,
+                codes,
+            } => {
+                let (m, j) = (c / pq.subvector_dim, c % pq.subvector_dim);
+                let set = if pq.codebook_groups > 1 {
+                    o / extents.group_outputs
+                } else {
+                    0
+                };
+                let code = usize::from(codes[(o * extents.taps + tap) * pq.n_subspaces + m]);
+                let codeword = (set * pq.n_subspaces + m) * pq.n_centroids + code;
+                codebooks[codeword * pq.subvector_dim + j]
+            }
+        }
+    }
+}
+
+/// What [`Weights::value`] needs to know of a layer.
+#[derive(Clone, Copy)]
+struct Extents {
+    /// Input channels per group.
+    channels: usize,
+    /// Outputs per group.
+    group_outputs: usize,
+    taps: usize,
+}
+
+impl From<&ConvGeometry> for Extents {
+    fn from(geometry: &ConvGeometry) -> Self {
+        Self {
+            channels: geometry.group_in_channels(),
+            group_outputs: geometry.group_out_channels(),
+            taps: geometry.taps(),
+        }
+    }
+}
+
+impl ConvLayer<'_> {
+    /// The weights as a dense `(C_out, C_in / groups, kh, kw)` tensor.
+    pub fn decode(&self) -> Vec<f32> {
+        let extents = Extents::from(self.geometry);
+        decode(&self.weights, extents, self.geometry.out_channels)
+    }
+}
+
+impl FcLayer<'_> {
+    /// The weights as a dense `(C_out, C_in)` tensor.
+    pub fn decode(&self) -> Vec<f32> {
+        let extents = Extents {
+            channels: self.in_features,
+            group_outputs: self.out_features,
+            taps: 1,
+        };
+        decode(&self.weights, extents, self.out_features)
+    }
+}
+
+fn decode(weights: &Weights<'_>, extents: Extents, outputs: usize) -> Vec<f32> {
+    let mut dense = Vec::with_capacity(outputs * extents.channels * extents.taps);
+    for o in 0..outputs {
+        for c in 0..extents.channels {
+            dense.extend((0..extents.taps).map(|tap| weights.value(extents, o, c, tap)));
+        }
+    }
+    dense
+}
+
+/// Convolution of `n` images.
+pub fn conv(layer: &ConvLayer<'_>, n: usize, input: &[f32], output: &mut [f32]) {
+    let g = layer.geometry;
+    let weight = layer.decode();
+    let channels = g.group_in_channels();
+    let mut outputs = output.iter_mut();
+    for image in input.chunks_exact(g.in_channels * g.in_pixels()).take(n) {
+        for o in 0..g.out_channels {
+            let first_channel = o / g.group_out_channels() * channels;
+            for oy in 0..g.out_size[0] {
+                for ox in 0..g.out_size[1] {
+                    let mut sum = layer.bias.map_or(0.0, |bias| f64::from(bias[o]));
+                    for c in 0..channels {
+                        for ky in 0..g.kernel[0] {
+                            for kx in 0..g.kernel[1] {
+                                let y = oy * g.stride[0] + ky * g.dilation[0];
+                                let x = ox * g.stride[1] + kx * g.dilation[1];
+                                // Outside of the image lie zeros.
+                                let (Some(y), Some(x)) =
+                                    (y.checked_sub(g.padding.top), x.checked_sub(g.padding.left))
+                                else {
+                                    continue;
+                                };
+                                if y >= g.in_size[0] || x >= g.in_size[1] {
+                                    continue;
+                                }
+                                let w = weight
+                                    [((o * channels + c) * g.kernel[0] + ky) * g.kernel[1] + kx];
+                                let pixel =
+                                    ((first_channel + c) * g.in_size[0] + y) * g.in_size[1] + x;
+                                sum += f64::from(w) * f64::from(image[pixel]);
+                            }
+                        }
+                    }
+                    *outputs.next().expect("the output holds n images") = sum as f32;
+                }
+            }
+        }
+    }
+}
+
+/// Fully connected layer for `n` images.
+pub fn fc(layer: &FcLayer<'_>, n: usize, input: &[f32], output: &mut [f32]) {
+    let weight = layer.decode();
+    let mut outputs = output.iter_mut();
+    for image in input.chunks_exact(layer.in_features).take(n) {
+        for (o, row) in weight.chunks_exact(layer.in_features).enumerate() {
+            let bias = layer.bias.map_or(0.0, |bias| f64::from(bias[o]));
+            let products = row
+                .iter()
+                .zip(image)
+                .map(|(w, x)| f64::from(*w) * f64::from(*x));
+            *outputs.next().expect("the output holds n images") =
+                (bias + products.sum::<f64>()) as f32;
+        }
+    }
+}

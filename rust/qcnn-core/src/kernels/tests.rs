@@ -1,0 +1,643 @@
+//! Every kernel of every level this CPU has against the reference.
+
+use proptest::prelude::*;
+
+use super::{Candidate, ConvLayer, FcLayer, Kernel, Weights, scalar};
+use super::{conv_kernels, conv_kernels_of, fc_kernels, fc_kernels_of};
+use crate::geometry::ConvGeometry;
+use crate::graph::PqGeometry;
+use crate::isa::{Isa, Portable, Simd};
+
+/// Numbers that look random, the same on every run.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        // splitmix64
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// In -1..1.
+    fn float(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    }
+
+    fn floats(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.float()).collect()
+    }
+
+    fn codes(&mut self, n: usize, n_centroids: usize) -> Vec<u16> {
+        (0..n)
+            .map(|_| (self.next() % n_centroids as u64) as u16)
+            .collect()
+    }
+}
+
+/// How a test case's weights are quantised.
+#[derive(Clone, Copy, Debug)]
+struct Pq {
+    n_centroids: usize,
+    subvector_dim: usize,
+    per_group: bool,
+}
+
+/// Parameters of one layer, owned.
+struct Parameters {
+    geometry: Option<PqGeometry>,
+    floats: Vec<f32>,
+    codes: Vec<u16>,
+    bias: Option<Vec<f32>>,
+}
+
+impl Parameters {
+    fn new(
+        random: &mut Random,
+        [outputs, channels, taps, groups]: [usize; 4],
+        pq: Option<Pq>,
+        bias: bool,
+    ) -> Self {
+        let bias = bias.then(|| random.floats(outputs));
+        let Some(pq) = pq else {
+            return Self {
+                geometry: None,
+                floats: random.floats(outputs * channels * taps),
+                codes: Vec::new(),
+                bias,
+            };
+        };
+        let geometry = PqGeometry {
+            n_subspaces: channels.div_ceil(pq.subvector_dim),
+            n_centroids: pq.n_centroids,
+            subvector_dim: pq.subvector_dim,
+            codebook_groups: if pq.per_group { groups } else { 1 },
+        };
+        let codebooks =
+            geometry.codebook_groups * geometry.n_subspaces * pq.n_centroids * pq.subvector_dim;
+        let codes = outputs * taps * geometry.n_subspaces;
+        Self {
+            geometry: Some(geometry),
+            floats: random.floats(codebooks),
+            codes: random.codes(codes, pq.n_centroids),
+            bias,
+        }
+    }
+
+    fn weights(&self) -> Weights<'_> {
+        match self.geometry {
+            None => Weights::Dense(&self.floats),
+            Some(geometry) => Weights::ProductQuantized {
+                geometry,
+                codebooks: &self.floats,
+                codes: &self.codes,
+            },
+        }
+    }
+}
+
+/// The reference's result, and how far a float32 kernel may be from it.
+struct Expected {
+    values: Vec<f32>,
+    tolerances: Vec<f32>,
+}
+
+impl Expected {
+    /// `run` computes a layer for given weights, bias and input; `terms` are the
+    /// products summed for an output.
+    fn new(
+        dense: &[f32],
+        bias: Option<&[f32]>,
+        input: &[f32],
+        terms: usize,
+        run: impl Fn(&[f32], Option<&[f32]>, &[f32]) -> Vec<f32>,
+    ) -> Self {
+        let abs = |values: &[f32]| -> Vec<f32> { values.iter().map(|v| v.abs()).collect() };
+        let magnitudes = run(&abs(dense), bias.map(abs).as_deref(), &abs(input));
+        // Each of the t additions in an order of the kernel's choice rounds by
+        // up to 2^-24 of a partial sum, which is at most the sum of magnitudes.
+        // Independent errors grow with the square root of t; the factor leaves
+        // room for the tail. The 1 is the rounding of the reference's result.
+        let factor = (1.0 + 4.0 * (terms as f32 + 1.0).sqrt()) * f32::EPSILON / 2.0;
+        Self {
+            values: run(dense, bias, input),
+            tolerances: magnitudes.iter().map(|m| m * factor).collect(),
+        }
+    }
+
+    /// What is wrong with `kernel`, if anything.
+    fn check(&self, kernel: &dyn Kernel, n: usize, input: &[f32]) -> Result<(), String> {
+        // Whatever a kernel does not write, or reads without having written it,
+        // shows as NaN.
+        let mut output = vec![f32::NAN; self.values.len()];
+        let mut scratch = vec![f32::NAN; kernel.scratch_len(n)];
+        kernel.run(n, input, &mut output, &mut scratch);
+        let wrong = (0..output.len()).find(|&i| {
+            let error = (output[i] - self.values[i]).abs();
+            error.is_nan() || error > self.tolerances[i]
+        });
+        if let Some(i) = wrong {
+            return Err(format!(
+                "{}: element {i} is {}, expected {} +- {:e}",
+                kernel.name(),
+                output[i],
+                self.values[i],
+                self.tolerances[i]
+            ));
+        }
+        // Alone, an image gives the same bits as in the batch.
+        for image in 0..n {
+            let input = &input[image * (input.len() / n)..][..input.len() / n];
+            let mut alone = vec![f32::NAN; output.len() / n];
+            kernel.run(1, input, &mut alone, &mut scratch);
+            if alone != output[image * alone.len()..][..alone.len()] {
+                return Err(format!(
+                    "{}: image {image} depends on the batch",
+                    kernel.name()
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[derive(Clone, Debug)]
+struct ConvCase {
+    n: usize,
+    /// channels, height, width
+    input: [usize; 3],
+    out_channels: usize,
+    kernel: [usize; 2],
+    stride: [usize; 2],
+    dilation: [usize; 2],
+    padding: [usize; 4],
+    groups: usize,
+    bias: bool,
+    pq: Option<Pq>,
+}
+
+impl Default for ConvCase {
+    fn default() -> Self {
+        Self {
+            n: 1,
+            input: [3, 5, 5],
+            out_channels: 4,
+            kernel: [3, 3],
+            stride: [1, 1],
+            dilation: [1, 1],
+            padding: [0; 4],
+            groups: 1,
+            bias: true,
+            pq: None,
+        }
+    }
+}
+
+/// Kernels on every ISA of the host, and with the vectors of AVX-512.
+fn all_conv_kernels<'a>(layer: &'a ConvLayer<'a>) -> Vec<Candidate<'a>> {
+    let isas = Isa::available().into_iter();
+    let mut kernels: Vec<_> = isas.flat_map(|isa| conv_kernels(layer, isa)).collect();
+    kernels.extend(conv_kernels_of(layer, Portable::<16>::new().unwrap()));
+    kernels
+}
+
+/// As [`all_conv_kernels`].
+fn all_fc_kernels<'a>(layer: &'a FcLayer<'a>) -> Vec<Candidate<'a>> {
+    let isas = Isa::available().into_iter();
+    let mut kernels: Vec<_> = isas.flat_map(|isa| fc_kernels(layer, isa)).collect();
+    kernels.extend(fc_kernels_of(layer, Portable::<16>::new().unwrap()));
+    kernels
+}
+
+impl ConvCase {
+    /// The geometry, unless the case is impossible.
+    fn geometry(&self) -> Option<ConvGeometry> {
+        ConvGeometry::new(
+            "case",
+            self.input,
+            self.out_channels,
+            self.kernel,
+            self.stride,
+            self.dilation,
+            self.padding,
+            self.groups,
+        )
+        .ok()
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let geometry = self.geometry().ok_or("impossible geometry")?;
+        let mut random = Random(1);
+        let extents = [
+            geometry.out_channels,
+            geometry.group_in_channels(),
+            geometry.taps(),
+            geometry.groups,
+        ];
+        let parameters = Parameters::new(&mut random, extents, self.pq, self.bias);
+        let input = random.floats(self.n * self.input.iter().product::<usize>());
+        let layer = ConvLayer {
+            geometry: &geometry,
+            weights: parameters.weights(),
+            bias: parameters.bias.as_deref(),
+        };
+        let terms = geometry.group_in_channels() * geometry.taps();
+        let expected = Expected::new(
+            &layer.decode(),
+            layer.bias,
+            &input,
+            terms,
+            |weight, bias, input| {
+                let mut output = vec![0.0; self.n * geometry.out_channels * geometry.out_pixels()];
+                let layer = ConvLayer {
+                    geometry: &geometry,
+                    weights: Weights::Dense(weight),
+                    bias,
+                };
+                scalar::conv(&layer, self.n, input, &mut output);
+                output
+            },
+        );
+        let failures: Vec<String> = all_conv_kernels(&layer)
+            .iter()
+            .filter_map(|kernel| expected.check(&*kernel.build(), self.n, &input).err())
+            .collect();
+        if failures.is_empty() {
+            Ok(())
+        } else {
+            Err(format!("{self:?}:\n    {}", failures.join("\n    ")))
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+struct FcCase {
+    n: usize,
+    inputs: usize,
+    outputs: usize,
+    bias: bool,
+    pq: Option<Pq>,
+}
+
+impl FcCase {
+    fn check(&self) -> Result<(), String> {
+        let mut random = Random(2);
+        let extents = [self.outputs, self.inputs, 1, 1];
+        let parameters = Parameters::new(&mut random, extents, self.pq, self.bias);
+        let input = random.floats(self.n * self.inputs);
+        let layer = FcLayer {
+            in_features: self.inputs,
+            out_features: self.outputs,
+            weights: parameters.weights(),
+            bias: parameters.bias.as_deref(),
+        };
+        let expected = Expected::new(
+            &layer.decode(),
+            layer.bias,
+            &input,
+            self.inputs,
+            |weight, bias, input| {
+                let mut output = vec![0.0; self.n * self.outputs];
+                let layer = FcLayer {
+                    weights: Weights::Dense(weight),
+                    bias,
+                    ..layer
+                };
+                scalar::fc(&layer, self.n, input, &mut output);
+                output
+            },
+        );
+        let failures: Vec<String> = all_fc_kernels(&layer)
+            .iter()
+            .filter_map(|kernel| expected.check(&*kernel.build(), self.n, &input).err())
+            .collect();
+        if failures.is_empty() {
+            Ok(())
+        } else {
+            Err(format!("{self:?}:\n    {}", failures.join("\n    ")))
+        }
+    }
+}
+
+fn report(failures: &[String]) {
+    assert!(
+        failures.is_empty(),
+        "{} failures:\n{}",
+        failures.len(),
+        failures.join("\n")
+    );
+}
+
+/// Codebooks shared by all groups.
+#[expect(
+    clippy::unnecessary_wraps,
+    reason = "cases that are not quantised have `None`"
+)]
+fn pq(n_centroids: usize, subvector_dim: usize) -> Option<Pq> {
+    Some(Pq {
+        n_centroids,
+        subvector_dim,
+        per_group: false,
+    })
+}
+
+#[test]
+#[expect(clippy::float_cmp, reason = "no number here needs rounding")]
+fn reference_on_a_case_done_by_hand() {
+    let geometry =
+        ConvGeometry::new("x", [2, 2, 2], 1, [2, 1], [1, 1], [1, 1], [1, 0, 0, 0], 1).unwrap();
+    let layer = ConvLayer {
+        geometry: &geometry,
+        weights: Weights::ProductQuantized {
+            geometry: PqGeometry {
+                n_subspaces: 1,
+                n_centroids: 2,
+                subvector_dim: 3,
+                codebook_groups: 1,
+            },
+            // The third channel of each codeword is padding.
+            codebooks: &[1.0, 2.0, 99.0, 10.0, 20.0, 99.0],
+            codes: &[1, 0],
+        },
+        bias: Some(&[0.5]),
+    };
+    assert_eq!(layer.decode(), [10.0, 1.0, 20.0, 2.0]);
+    let mut output = [0.0; 4];
+    scalar::conv(
+        &layer,
+        1,
+        &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0],
+        &mut output,
+    );
+    assert_eq!(output, [11.5, 14.5, 127.5, 160.5]);
+}
+
+#[test]
+fn conv_map_widths_around_the_vectors() {
+    let mut failures = Vec::new();
+    for pq in [None, pq(5, 2), pq(64, 3)] {
+        for width in (1..=19).chain([31, 32, 33, 47, 48, 49, 63, 64, 65, 97]) {
+            for kernel in [[1, 1], [3, 3], [1, 4]] {
+                let case = ConvCase {
+                    n: 2,
+                    input: [3, 4, width],
+                    kernel,
+                    padding: [1, 1, 1, 2],
+                    pq,
+                    ..ConvCase::default()
+                };
+                failures.extend(case.check().err());
+            }
+        }
+    }
+    report(&failures);
+}
+
+#[test]
+fn conv_channels_around_the_tiles() {
+    let mut failures = Vec::new();
+    for pq in [None, pq(7, 4)] {
+        for out_channels in (1..=14).chain([23, 24, 25, 47]) {
+            for in_channels in [1, 2, 4, 5, 8, 9] {
+                let case = ConvCase {
+                    input: [in_channels, 6, 7],
+                    out_channels,
+                    pq,
+                    bias: out_channels % 2 == 0,
+                    ..ConvCase::default()
+                };
+                failures.extend(case.check().err());
+            }
+        }
+    }
+    report(&failures);
+}
+
+#[test]
+fn conv_blocks() {
+    // More products, outputs and pixels than one block of any kernel holds.
+    let mut failures = Vec::new();
+    for pq in [None, pq(16, 8), pq(128, 6), pq(300, 8)] {
+        for (input, out_channels, kernel) in [
+            ([300, 4, 5], 9, [3, 3]),
+            ([40, 5, 5], 190, [3, 3]),
+            ([5, 40, 45], 7, [3, 3]),
+            ([64, 15, 15], 40, [1, 1]),
+            ([3, 70, 70], 5, [5, 5]),
+        ] {
+            let case = ConvCase {
+                input,
+                out_channels,
+                kernel,
+                padding: [1; 4],
+                pq,
+                ..ConvCase::default()
+            };
+            failures.extend(case.check().err());
+        }
+    }
+    report(&failures);
+}
+
+#[test]
+fn conv_strides_dilations_groups() {
+    let mut failures = Vec::new();
+    for pq in [
+        None,
+        pq(4, 2),
+        Some(Pq {
+            n_centroids: 6,
+            subvector_dim: 2,
+            per_group: true,
+        }),
+    ] {
+        for (kernel, stride, dilation, groups) in [
+            ([3, 3], [2, 2], [1, 1], 1),
+            ([3, 3], [2, 2], [1, 1], 2),
+            ([3, 3], [1, 1], [2, 2], 3),
+            ([3, 2], [3, 2], [2, 3], 6),
+            ([1, 1], [2, 2], [1, 1], 2),
+            ([2, 2], [5, 4], [1, 1], 1),
+            ([11, 11], [4, 4], [1, 1], 1),
+            ([5, 1], [1, 3], [2, 1], 3),
+        ] {
+            let case = ConvCase {
+                n: 3,
+                input: [6, 13, 14],
+                out_channels: 12,
+                kernel,
+                stride,
+                dilation,
+                padding: [2, 0, 1, 3],
+                groups,
+                pq,
+                ..ConvCase::default()
+            };
+            failures.extend(case.check().err());
+        }
+    }
+    report(&failures);
+}
+
+#[test]
+fn conv_codebook_sizes() {
+    let mut failures = Vec::new();
+    for n_centroids in [1, 2, 3, 15, 16, 17, 255, 256, 257, 1000, 65536] {
+        let case = ConvCase {
+            input: [3, 9, 9],
+            pq: pq(n_centroids, 2),
+            ..ConvCase::default()
+        };
+        failures.extend(case.check().err());
+    }
+    report(&failures);
+}
+
+#[test]
+fn fc_sizes_around_the_tiles() {
+    let mut failures = Vec::new();
+    for pq in [None, pq(5, 3), pq(32, 4), pq(16, 1)] {
+        for outputs in (1..=9).chain([15, 16, 17, 31, 32, 33, 100]) {
+            for inputs in [1, 2, 7, 8, 9, 63, 300] {
+                for n in [1, 2, 5, 6, 7, 9, 17] {
+                    let case = FcCase {
+                        n,
+                        inputs,
+                        outputs,
+                        bias: inputs % 2 == 0,
+                        pq,
+                    };
+                    failures.extend(case.check().err());
+                }
+            }
+        }
+    }
+    report(&failures);
+}
+
+#[test]
+fn fc_joint_tables() {
+    // Enough outputs for a joint table of two codes, or one too few.
+    let mut failures = Vec::new();
+    for (n_centroids, outputs) in [
+        (16, 63),
+        (16, 64),
+        (20, 256),
+        (32, 300),
+        (33, 1024),
+        (64, 1030),
+        (65, 5000),
+    ] {
+        for inputs in [3, 17, 64] {
+            let case = FcCase {
+                n: 5,
+                inputs,
+                outputs,
+                bias: true,
+                pq: pq(n_centroids, 2),
+            };
+            failures.extend(case.check().err());
+        }
+    }
+    report(&failures);
+}
+
+#[test]
+fn fc_codebook_sizes() {
+    let mut failures = Vec::new();
+    for n_centroids in [
+        1, 2, 3, 15, 16, 17, 32, 33, 64, 65, 128, 255, 256, 257, 1000, 65536,
+    ] {
+        for n in [1, 10] {
+            let case = FcCase {
+                n,
+                inputs: 11,
+                outputs: 70,
+                bias: true,
+                pq: pq(n_centroids, 2),
+            };
+            failures.extend(case.check().err());
+        }
+    }
+    report(&failures);
+}
+
+#[test]
+fn nothing_to_do() {
+    let mut failures = Vec::new();
+    let case = ConvCase {
+        n: 0,
+        ..ConvCase::default()
+    };
+    failures.extend(case.check().err());
+    failures.extend(
+        FcCase {
+            n: 0,
+            inputs: 3,
+            outputs: 4,
+            bias: true,
+            pq: pq(4, 2),
+        }
+        .check()
+        .err(),
+    );
+    report(&failures);
+}
+
+fn any_pq() -> impl Strategy<Value = Option<Pq>> {
+    prop::option::of((1usize..200, 1usize..10, any::<bool>()).prop_map(
+        |(n_centroids, subvector_dim, per_group)| Pq {
+            n_centroids,
+            subvector_dim,
+            per_group,
+        },
+    ))
+}
+
+prop_compose! {
+    fn any_conv()(
+        n in 1usize..4,
+        group_channels in (1usize..12, 1usize..12),
+        groups in 1usize..4,
+        size in (1usize..24, 1usize..40),
+        kernel in (1usize..6, 1usize..6),
+        stride in (1usize..4, 1usize..4),
+        dilation in (1usize..3, 1usize..3),
+        padding in prop::array::uniform4(0usize..4),
+        bias in any::<bool>(),
+        pq in any_pq(),
+    ) -> ConvCase {
+        ConvCase {
+            n,
+            input: [group_channels.0 * groups, size.0, size.1],
+            out_channels: group_channels.1 * groups,
+            kernel: kernel.into(),
+            stride: stride.into(),
+            dilation: dilation.into(),
+            padding,
+            groups,
+            bias,
+            pq,
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn any_conv_agrees(case in any_conv().prop_filter("possible", |c| c.geometry().is_some())) {
+        prop_assert_eq!(case.check(), Ok(()));
+    }
+
+    #[test]
+    fn any_fc_agrees(
+        n in 1usize..20,
+        inputs in 1usize..200,
+        outputs in 1usize..100,
+        bias in any::<bool>(),
+        pq in any_pq(),
+    ) {
+        prop_assert_eq!(FcCase { n, inputs, outputs, bias, pq }.check(), Ok(()));
+    }
+}

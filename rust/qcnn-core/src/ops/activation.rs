@@ -1,0 +1,106 @@
+//! Activation functions.
+
+use crate::graph::Op;
+use crate::isa::{Level, Simd, Task};
+
+/// A function of one value.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Activation {
+    /// `max(x, 0)`
+    Relu,
+    /// `x` where positive, else `alpha * x`.
+    LeakyRelu {
+        /// Slope of the negative part.
+        alpha: f32,
+    },
+    /// `x` limited to `low..=high`.
+    Clip {
+        /// Lower limit.
+        low: f32,
+        /// Upper limit.
+        high: f32,
+    },
+    /// `1 / (1 + exp(-x))`
+    Sigmoid,
+    /// Hyperbolic tangent.
+    Tanh,
+    /// `clip(alpha * x + beta, 0, 1)`
+    HardSigmoid {
+        /// Slope.
+        alpha: f32,
+        /// Value at 0.
+        beta: f32,
+    },
+    /// `x * clip(x / 6 + 1/2, 0, 1)`
+    HardSwish,
+    /// `x * sigmoid(x)`
+    Silu,
+}
+
+impl Activation {
+    /// The activation `op` is, if it is one.
+    pub fn from_op(op: &Op) -> Option<Self> {
+        Some(match *op {
+            Op::Relu {} => Self::Relu,
+            Op::LeakyRelu { alpha } => Self::LeakyRelu { alpha },
+            Op::Clip { low, high } => Self::Clip { low, high },
+            Op::Sigmoid {} => Self::Sigmoid,
+            Op::Tanh {} => Self::Tanh,
+            Op::HardSigmoid { alpha, beta } => Self::HardSigmoid { alpha, beta },
+            Op::HardSwish {} => Self::HardSwish,
+            Op::Silu {} => Self::Silu,
+            _ => return None,
+        })
+    }
+
+    /// Apply the function to every value of `data`.
+    pub(crate) fn run(self, level: Level, data: &mut [f32]) {
+        level.call(Apply {
+            activation: self,
+            data,
+        });
+    }
+}
+
+struct Apply<'a> {
+    activation: Activation,
+    data: &'a mut [f32],
+}
+
+impl Task for Apply<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        // One loop per function, so that each can be vectorised.
+        let data = self.data;
+        match self.activation {
+            // Comparisons that are false for NaN leave it as it is.
+            Activation::Relu => map(data, |x| if x < 0.0 { 0.0 } else { x }),
+            Activation::LeakyRelu { alpha } => {
+                map(data, |x| if x < 0.0 { alpha * x } else { x });
+            }
+            Activation::Clip { low, high } => map(data, |x| x.clamp(low, high)),
+            Activation::Sigmoid => map(data, sigmoid),
+            Activation::Tanh => map(data, f32::tanh),
+            Activation::HardSigmoid { alpha, beta } => {
+                map(data, |x| (alpha * x + beta).clamp(0.0, 1.0));
+            }
+            Activation::HardSwish => map(data, |x| x * (x / 6.0 + 0.5).clamp(0.0, 1.0)),
+            Activation::Silu => map(data, |x| x * sigmoid(x)),
+        }
+    }
+}
+
+#[inline(always)]
+fn map(data: &mut [f32], f: impl Fn(f32) -> f32) {
+    for x in data {
+        *x = f(*x);
+    }
+}
+
+#[inline(always)]
+fn sigmoid(x: f32) -> f32 {
+    // exp(-x) overflows to infinity for very negative x: 1 / inf = 0.
+    1.0 / (1.0 + (-x).exp())
+}

@@ -1,0 +1,670 @@
+//! Running a network: everything is planned once, then runs without
+//! allocating.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::str::FromStr;
+
+use crate::error::{Error, Result, bail_shape};
+use crate::geometry::MAX_ELEMENTS;
+use crate::graph::{Geometry, Network, Node, Op, PqGeometry};
+use crate::isa::{Isa, Level};
+use crate::kernels::{ConvLayer, FcLayer, Kernel, Weights, conv_kernels, fc_kernels};
+use crate::ops::activation::Activation;
+use crate::ops::lrn::Lrn;
+use crate::ops::norm::BatchNorm;
+use crate::ops::pool::{self, Pool, Reduction};
+use crate::ops::{elementwise, softmax};
+
+/// How exactly product-quantised layers are computed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Precision {
+    /// float32 tables and sums.
+    Exact,
+    /// 16-bit tables where a layer has a kernel for them. No kernel does yet,
+    /// so at present this computes what `Exact` computes.
+    #[default]
+    Fast,
+}
+
+impl Precision {
+    /// The name in options and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Exact => "exact",
+            Self::Fast => "fast",
+        }
+    }
+}
+
+impl fmt::Display for Precision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Precision {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "exact" => Ok(Self::Exact),
+            "fast" => Ok(Self::Fast),
+            _ => Err(Error::Config(format!(
+                "precision is {name:?}, expected \"exact\" or \"fast\""
+            ))),
+        }
+    }
+}
+
+/// How to plan a session.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Level to use; `None` leaves it to [`Isa::detect`].
+    pub isa: Option<Isa>,
+    /// How exactly to compute.
+    pub precision: Precision,
+}
+
+/// Where a value lies while the network runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// In the caller's input.
+    Input,
+    /// In a buffer of the workspace.
+    Slot(usize),
+}
+
+/// What a step does.
+#[derive(Debug)]
+enum Action {
+    /// Nothing: the value is its operand under another name and shape.
+    Alias,
+    /// Convolution or fully connected layer.
+    Kernel(Box<dyn Kernel>),
+    Pool(Pool),
+    GlobalPool {
+        reduction: Reduction,
+        pixels: usize,
+    },
+    Lrn {
+        lrn: Lrn,
+        channels: usize,
+        pixels: usize,
+    },
+    Concat,
+    // The rest work in place, on a copy of the first operand where that is
+    // still needed.
+    Activation(Activation),
+    BatchNorm {
+        norm: BatchNorm,
+        pixels: usize,
+    },
+    Softmax {
+        channels: usize,
+        pixels: usize,
+    },
+    Add,
+}
+
+impl Action {
+    fn works_in_place(&self) -> bool {
+        matches!(
+            self,
+            Self::Activation(_) | Self::BatchNorm { .. } | Self::Softmax { .. } | Self::Add
+        )
+    }
+
+    fn scratch_len(&self, n: usize) -> usize {
+        match self {
+            Self::Kernel(kernel) => kernel.scratch_len(n),
+            Self::Pool(pool) => pool.scratch_len(),
+            _ => 0,
+        }
+    }
+}
+
+/// A value an operation reads: where it lies, elements per image.
+#[derive(Clone, Copy, Debug)]
+struct Operand {
+    place: Place,
+    len: usize,
+}
+
+/// One node, planned.
+#[derive(Debug)]
+struct Step {
+    name: String,
+    action: Action,
+    operands: Vec<Operand>,
+    output: Operand,
+}
+
+/// A network planned for one ISA: packed weights, kernels, and which buffer
+/// every value goes to.
+///
+/// A session is immutable and may be shared between threads, each with a
+/// [`Workspace`] of its own.
+#[derive(Debug)]
+pub struct Session {
+    isa: Isa,
+    level: Level,
+    precision: Precision,
+    input_len: usize,
+    steps: Vec<Step>,
+    output: Operand,
+    /// Elements per image of each buffer.
+    slots: Vec<usize>,
+}
+
+impl Session {
+    /// Plan `network`.
+    pub fn new(network: &Network, options: Options) -> Result<Self> {
+        let isa = match options.isa {
+            Some(isa) => isa.check_available()?,
+            None => Isa::detect()?,
+        };
+        let level = isa.level().expect("the level was just checked");
+        let graph = network.graph();
+        let actions = graph
+            .nodes
+            .iter()
+            .zip(&network.layout().geometries)
+            .map(|(node, geometry)| plan_action(network, node, geometry, isa))
+            .collect::<Result<Vec<_>>>()?;
+        let plan = BufferPlan::new(network, &actions);
+        let operand = |name: &String| Operand {
+            place: plan.places[name.as_str()],
+            len: network.shape(name).iter().product(),
+        };
+        let steps = graph
+            .nodes
+            .iter()
+            .zip(actions)
+            .map(|(node, action)| Step {
+                name: node.name.clone(),
+                action,
+                operands: node.inputs.iter().map(operand).collect(),
+                output: operand(&node.name),
+            })
+            .collect();
+        Ok(Self {
+            isa,
+            level,
+            precision: options.precision,
+            input_len: graph.input.shape.iter().product(),
+            steps,
+            output: operand(&graph.output),
+            slots: plan.slots,
+        })
+    }
+
+    /// The level the session is planned for.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// The precision it was asked for.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// Elements of one image of the input.
+    pub fn input_len(&self) -> usize {
+        self.input_len
+    }
+
+    /// Elements of one image of the output.
+    pub fn output_len(&self) -> usize {
+        self.output.len
+    }
+
+    /// Name of the kernel of each convolution and fully connected layer, by
+    /// node, in the network's order.
+    pub fn kernels(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.steps.iter().filter_map(|step| match &step.action {
+            Action::Kernel(kernel) => Some((step.name.as_str(), kernel.name())),
+            _ => None,
+        })
+    }
+
+    /// Elements of scratch for batches of up to `n` images.
+    fn scratch_len(&self, n: usize) -> usize {
+        let lens = self.steps.iter().map(|step| step.action.scratch_len(n));
+        lens.max().unwrap_or(0)
+    }
+
+    /// Bytes of a [`Workspace`] for batches of `n` images.
+    pub fn workspace_bytes(&self, n: usize) -> usize {
+        let slots: usize = self
+            .slots
+            .iter()
+            .map(|len| AlignedBuffer::bytes(len.saturating_mul(n)))
+            .fold(0, usize::saturating_add);
+        slots.saturating_add(AlignedBuffer::bytes(self.scratch_len(n)))
+    }
+
+    /// Compute the network's output for `n` images.
+    ///
+    /// `input` and `output` hold `n` images back to back. Nothing is allocated.
+    /// An image's output is the same to the last bit in every call, whatever the
+    /// batch it comes in.
+    pub fn run(
+        &self,
+        workspace: &mut Workspace,
+        input: &[f32],
+        n: usize,
+        output: &mut [f32],
+    ) -> Result<()> {
+        if output.len() != n.saturating_mul(self.output.len) {
+            bail_shape!(
+                "output has {} elements, expected {n} images of {} each",
+                output.len(),
+                self.output.len
+            );
+        }
+        self.trace(workspace, input, n, |_, _| {})?;
+        if n > 0 {
+            output.copy_from_slice(workspace.value(input, self.output, n));
+        }
+        Ok(())
+    }
+
+    /// Compute every node for `n` images and show each value to `visit`: the
+    /// node's name and its response to the `n` images, back to back.
+    pub fn trace(
+        &self,
+        workspace: &mut Workspace,
+        input: &[f32],
+        n: usize,
+        mut visit: impl FnMut(&str, &[f32]),
+    ) -> Result<()> {
+        if input.len() != n.saturating_mul(self.input_len) {
+            bail_shape!(
+                "input has {} elements, expected {n} images of {} each",
+                input.len(),
+                self.input_len
+            );
+        }
+        workspace.check(self, n)?;
+        if n == 0 {
+            return Ok(());
+        }
+        for step in &self.steps {
+            self.run_step(step, workspace, input, n);
+            visit(&step.name, workspace.value(input, step.output, n));
+        }
+        Ok(())
+    }
+
+    fn run_step(&self, step: &Step, workspace: &mut Workspace, input: &[f32], n: usize) {
+        let level = self.level;
+        let Place::Slot(slot) = step.output.place else {
+            // Only aliases lie in the input.
+            return;
+        };
+        if matches!(step.action, Action::Alias) {
+            return;
+        }
+        // Taken out, so that the other buffers can be borrowed beside it.
+        let mut buffer = std::mem::take(&mut workspace.slots[slot]);
+        let output = &mut buffer.as_mut_slice()[..n * step.output.len];
+        let mut scratch = std::mem::take(&mut workspace.scratch);
+        let scratch_slice = scratch.as_mut_slice();
+        let first = step.operands[0];
+        if step.action.works_in_place() && first.place != step.output.place {
+            output.copy_from_slice(workspace.value(input, first, n));
+        }
+        match &step.action {
+            Action::Alias => {}
+            Action::Kernel(kernel) => {
+                kernel.run(n, workspace.value(input, first, n), output, scratch_slice);
+            }
+            Action::Pool(pool) => {
+                pool.run(
+                    level,
+                    workspace.value(input, first, n),
+                    output,
+                    scratch_slice,
+                );
+            }
+            Action::GlobalPool { reduction, pixels } => {
+                pool::global(
+                    level,
+                    *reduction,
+                    *pixels,
+                    workspace.value(input, first, n),
+                    output,
+                );
+            }
+            Action::Lrn {
+                lrn,
+                channels,
+                pixels,
+            } => lrn.run(
+                level,
+                *channels,
+                *pixels,
+                workspace.value(input, first, n),
+                output,
+            ),
+            Action::Concat => {
+                let mut offset = 0;
+                for operand in &step.operands {
+                    let value = workspace.value(input, *operand, n);
+                    elementwise::concat_one(value, operand.len, output, step.output.len, offset);
+                    offset += operand.len;
+                }
+            }
+            Action::Activation(activation) => activation.run(level, output),
+            Action::BatchNorm { norm, pixels } => norm.run(level, *pixels, output),
+            Action::Softmax { channels, pixels } => {
+                softmax::softmax(level, *channels, *pixels, output);
+            }
+            Action::Add => {
+                for operand in &step.operands[1..] {
+                    elementwise::add_assign(level, output, workspace.value(input, *operand, n));
+                }
+            }
+        }
+        workspace.scratch = scratch;
+        workspace.slots[slot] = buffer;
+    }
+}
+
+/// Choose the action of `node` and pack its weights.
+fn plan_action(network: &Network, node: &Node, geometry: &Geometry, isa: Isa) -> Result<Action> {
+    // Channels and pixels; a vector of features is one pixel.
+    let shape = network.shape(&node.inputs[0]);
+    let (channels, pixels) = (shape[0], shape[1..].iter().product());
+    let parameter = |suffix: &str| network.floats(&node.name, suffix);
+    let weights = |pq: &Option<PqGeometry>| match *pq {
+        None => Weights::Dense(parameter("weight").expect("checked by Network::new")),
+        Some(geometry) => Weights::ProductQuantized {
+            geometry,
+            codebooks: parameter("codebooks").expect("checked by Network::new"),
+            codes: network.codes(&node.name).expect("checked by Network::new"),
+        },
+    };
+    Ok(match (&node.op, geometry) {
+        (Op::Conv { .. }, Geometry::Conv(geometry, pq)) => {
+            let layer = ConvLayer {
+                geometry,
+                weights: weights(pq),
+                bias: parameter("bias"),
+            };
+            Action::Kernel(conv_kernels(&layer, isa)[0].build())
+        }
+        (Op::Fc { .. }, Geometry::Fc(in_features, out_features, pq)) => {
+            let layer = FcLayer {
+                in_features: *in_features,
+                out_features: *out_features,
+                weights: weights(pq),
+                bias: parameter("bias"),
+            };
+            Action::Kernel(fc_kernels(&layer, isa)[0].build())
+        }
+        (Op::MaxPool { .. }, Geometry::Pool(geometry)) => {
+            Action::Pool(Pool::new(geometry, Reduction::Max))
+        }
+        (
+            &Op::AveragePool {
+                count_include_pad, ..
+            },
+            Geometry::Pool(geometry),
+        ) => Action::Pool(Pool::new(
+            geometry,
+            Reduction::Average { count_include_pad },
+        )),
+        (Op::GlobalMaxPool {}, _) => Action::GlobalPool {
+            reduction: Reduction::Max,
+            pixels,
+        },
+        (Op::GlobalAveragePool {}, _) => Action::GlobalPool {
+            reduction: Reduction::Average {
+                count_include_pad: false,
+            },
+            pixels,
+        },
+        (
+            &Op::Lrn {
+                size,
+                alpha,
+                beta,
+                bias,
+            },
+            _,
+        ) => Action::Lrn {
+            lrn: Lrn {
+                size,
+                alpha,
+                beta,
+                bias,
+            },
+            channels,
+            pixels,
+        },
+        (&Op::BatchNorm { epsilon }, _) => {
+            let channel = |suffix| parameter(suffix).expect("checked by Network::new");
+            let norm = BatchNorm::new(
+                &format!("node {:?}", node.name),
+                channel("scale"),
+                channel("bias"),
+                channel("mean"),
+                channel("variance"),
+                epsilon,
+            )?;
+            Action::BatchNorm { norm, pixels }
+        }
+        (Op::Softmax {}, _) => Action::Softmax { channels, pixels },
+        (Op::Add {}, _) => Action::Add,
+        (Op::Concat {}, _) => Action::Concat,
+        (Op::Flatten {} | Op::Reshape { .. } | Op::Dropout { .. }, _) => Action::Alias,
+        (op, _) => Action::Activation(
+            Activation::from_op(op).expect("every other operation is an activation"),
+        ),
+    })
+}
+
+/// Assignment of values to buffers.
+struct BufferPlan<'a> {
+    places: HashMap<&'a str, Place>,
+    slots: Vec<usize>,
+}
+
+impl<'a> BufferPlan<'a> {
+    /// Walk through the steps and give each value a buffer that no value still
+    /// needed occupies.
+    fn new(network: &'a Network, actions: &[Action]) -> Self {
+        let graph = network.graph();
+        // Aliases share the storage of the value they stand for.
+        let mut storage: HashMap<&str, &str> =
+            HashMap::from([(&*graph.input.name, &*graph.input.name)]);
+        // The last step that reads or makes a storage.
+        let mut last_use: HashMap<&str, usize> = HashMap::new();
+        for (i, (node, action)) in graph.nodes.iter().zip(actions).enumerate() {
+            for input in &node.inputs {
+                last_use.insert(storage[input.as_str()], i);
+            }
+            let own = match action {
+                Action::Alias => storage[node.inputs[0].as_str()],
+                _ => node.name.as_str(),
+            };
+            storage.insert(&node.name, own);
+            last_use.insert(own, i);
+        }
+        last_use.insert(storage[graph.output.as_str()], usize::MAX);
+
+        let mut places = HashMap::from([(&*graph.input.name, Place::Input)]);
+        let mut slots: Vec<usize> = Vec::new();
+        let mut free: Vec<usize> = Vec::new();
+        // Buffers in use, with the storage they hold.
+        let mut held: Vec<(usize, &str)> = Vec::new();
+        for (i, (node, action)) in graph.nodes.iter().zip(actions).enumerate() {
+            let operands: Vec<&str> = node
+                .inputs
+                .iter()
+                .map(|name| storage[name.as_str()])
+                .collect();
+            let first = places[node.inputs[0].as_str()];
+            let place = if matches!(action, Action::Alias) {
+                first
+            } else if action.works_in_place()
+                && first != Place::Input
+                && last_use[operands[0]] == i
+                // `add(x, x)` may not change `x` before it has read it twice.
+                && !operands[1..].contains(&operands[0])
+            {
+                held.retain(|(_, name)| *name != operands[0]);
+                first
+            } else {
+                let len = network.shape(&node.name).iter().product();
+                Place::Slot(take_slot(&mut slots, &mut free, len))
+            };
+            places.insert(&node.name, place);
+            if let (Place::Slot(slot), false) = (place, matches!(action, Action::Alias)) {
+                held.push((slot, &node.name));
+            }
+            held.retain(|(slot, name)| {
+                let needed = last_use[name] > i;
+                if !needed {
+                    free.push(*slot);
+                }
+                needed
+            });
+        }
+        Self { places, slots }
+    }
+}
+
+/// The free buffer that fits best, grown if none is large enough.
+fn take_slot(slots: &mut Vec<usize>, free: &mut Vec<usize>, len: usize) -> usize {
+    let fits = |slot: &usize| slots[*slot] >= len;
+    // The smallest that is large enough, or else the largest.
+    let best = free
+        .iter()
+        .enumerate()
+        .min_by_key(|(_, slot)| (!fits(slot), slots[**slot].abs_diff(len)))
+        .map(|(i, _)| i);
+    if let Some(i) = best {
+        let slot = free.swap_remove(i);
+        slots[slot] = slots[slot].max(len);
+        slot
+    } else {
+        slots.push(len);
+        slots.len() - 1
+    }
+}
+
+/// A cache line of float32 values.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+struct Line([f32; 16]);
+
+/// Zeroed float32 values that start on a 64-byte boundary.
+#[derive(Debug, Default)]
+struct AlignedBuffer {
+    lines: Vec<Line>,
+}
+
+impl AlignedBuffer {
+    fn bytes(len: usize) -> usize {
+        len.div_ceil(16).saturating_mul(size_of::<Line>())
+    }
+
+    fn new(len: usize) -> Result<Self> {
+        let n_lines = len.div_ceil(16);
+        let mut lines = Vec::new();
+        lines.try_reserve_exact(n_lines).map_err(|e| {
+            Error::Config(format!(
+                "batch: cannot allocate a buffer of {} bytes: {e}",
+                Self::bytes(len)
+            ))
+        })?;
+        lines.resize(n_lines, Line([0.0; 16]));
+        Ok(Self { lines })
+    }
+
+    fn len(&self) -> usize {
+        self.lines.len() * 16
+    }
+
+    fn as_slice(&self) -> &[f32] {
+        // SAFETY: a `Line` is 16 float32 values without padding (`repr(C)`, 64
+        // bytes), so the vector's lines are `len` initialised values in a row,
+        // borrowed as long as the slice lives.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len()) }
+    }
+
+    fn as_mut_slice(&mut self) -> &mut [f32] {
+        // SAFETY: as in `as_slice`, and the borrow is exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len()) }
+    }
+}
+
+/// All memory a [`Session`] needs to run batches of up to a given size.
+#[derive(Debug)]
+pub struct Workspace {
+    max_batch: usize,
+    slots: Vec<AlignedBuffer>,
+    scratch: AlignedBuffer,
+}
+
+impl Workspace {
+    /// Allocate for batches of up to `max_batch` images.
+    pub fn new(session: &Session, max_batch: usize) -> Result<Self> {
+        let slots = session
+            .slots
+            .iter()
+            .map(|len| match len.checked_mul(max_batch) {
+                Some(len) if len <= MAX_ELEMENTS => AlignedBuffer::new(len),
+                _ => Err(Error::Config(format!(
+                    "batch is {max_batch}, but values of {len} elements allow at most {}",
+                    MAX_ELEMENTS / len
+                ))),
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            max_batch,
+            slots,
+            scratch: AlignedBuffer::new(session.scratch_len(max_batch))?,
+        })
+    }
+
+    /// Largest batch it has room for.
+    pub fn max_batch(&self) -> usize {
+        self.max_batch
+    }
+
+    /// That the buffers suffice for `n` images of `session`.
+    fn check(&self, session: &Session, n: usize) -> Result<()> {
+        if n > self.max_batch {
+            return Err(Error::Config(format!(
+                "batch is {n}, but the workspace was made for at most {}",
+                self.max_batch
+            )));
+        }
+        let suffices = self.slots.len() == session.slots.len()
+            && self
+                .slots
+                .iter()
+                .zip(&session.slots)
+                .all(|(buffer, len)| buffer.len() >= len * n)
+            && self.scratch.len() >= session.scratch_len(n);
+        if suffices {
+            Ok(())
+        } else {
+            Err(Error::Config(
+                "workspace was made for another session".to_owned(),
+            ))
+        }
+    }
+
+    /// The `n` images of a value.
+    fn value<'a>(&'a self, input: &'a [f32], operand: Operand, n: usize) -> &'a [f32] {
+        match operand.place {
+            Place::Input => input,
+            Place::Slot(slot) => &self.slots[slot].as_slice()[..n * operand.len],
+        }
+    }
+}
