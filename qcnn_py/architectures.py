@@ -1,0 +1,224 @@
+"""Networks with drawn parameters: one to train, one to time."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from math import prod, sqrt
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcnn_py.config import LayerSettings
+from qcnn_py.errors import ConfigError
+from qcnn_py.network import Network, Node
+from qcnn_py.published_networks import published_network
+
+__all__ = ["alexnet_drawn", "conv_fc"]
+
+_DENSE = {"type": "dense"}
+
+
+def conv_fc(
+    input_shape: tuple[int, int, int],
+    conv_channels: Sequence[int],
+    fc_features: Sequence[int],
+    n_classes: int,
+    *,
+    kernel_size: int = 3,
+    pool_after: Collection[int] | None = None,
+    dropout: float = 0.5,
+    seed: int = 0,
+    metadata: Mapping[str, Any] | None = None,
+) -> Network:
+    """Build a chain of convolutions and fully connected layers, ready to be trained.
+
+    Every convolution keeps height and width and is followed by ReLU; every hidden
+    fully connected layer is followed by ReLU and dropout. Nodes are called
+    ``conv1``, ``conv1_relu``, ``pool1``, … ``flatten``, ``fc1``, ``fc1_relu``,
+    ``fc1_dropout``, … ``prob``.
+
+    Parameters
+    ----------
+    input_shape : tuple of int
+        Shape (C, H, W) of an image.
+    conv_channels : sequence of int
+        Output channels of each convolution.
+    fc_features : sequence of int
+        Features of each hidden fully connected layer.
+    n_classes : int
+        Features of the last fully connected layer.
+    kernel_size : int
+        Height and width of the kernels; odd.
+    pool_after : collection of int, optional
+        Numbers, from 1, of the convolutions followed by 2 x 2 max pooling; every one
+        by default.
+    dropout : float
+        Dropout rate.
+    seed : int
+        Seed of the parameters: weights normal with variance 2 / fan-in (He et al.,
+        "Delving Deep into Rectifiers", 2015), biases zero.
+    metadata : mapping, optional
+        The network's metadata.
+
+    Raises
+    ------
+    ConfigError
+        If the kernel size is even, `pool_after` names no convolution or pooling
+        leaves nothing of the image.
+    """
+    if kernel_size % 2 == 0:
+        raise ConfigError(f"kernel_size is {kernel_size}, expected an odd number")
+    numbers = range(1, len(conv_channels) + 1)
+    pooled = set(numbers if pool_after is None else pool_after)
+    if not pooled <= set(numbers):
+        raise ConfigError(
+            f"pool_after is {sorted(pooled)}, expected numbers of convolutions, 1 to "
+            f"{len(conv_channels)}"
+        )
+    n_channels, height, width = input_shape
+    if min(height, width) >> len(pooled) == 0:
+        raise ConfigError(
+            f"{len(pooled)} poolings halve an image of {height} x {width} to nothing, "
+            "expected fewer"
+        )
+    rng = np.random.default_rng(seed)
+    nodes: list[Node] = []
+    tensors: dict[str, npt.NDArray[np.float32]] = {}
+
+    def append(name: str, op: str, **attributes: Any) -> None:
+        previous = nodes[-1].name if nodes else "input"
+        nodes.append(Node(name, op, (previous,), attributes))
+
+    def draw(name: str, *shape: int) -> None:
+        tensors[f"{name}.weight"] = _he_normal(shape, prod(shape[1:]), rng)
+        tensors[f"{name}.bias"] = np.zeros(shape[0], np.float32)
+
+    for number, out_channels in zip(numbers, conv_channels, strict=True):
+        name = f"conv{number}"
+        append(
+            name,
+            "conv",
+            out_channels=out_channels,
+            kernel=[kernel_size] * 2,
+            stride=[1, 1],
+            padding=[kernel_size // 2] * 4,
+            dilation=[1, 1],
+            groups=1,
+            bias=True,
+            weights=_DENSE,
+        )
+        draw(name, out_channels, n_channels, kernel_size, kernel_size)
+        append(f"{name}_relu", "relu")
+        n_channels = out_channels
+        if number in pooled:
+            append(
+                f"pool{number}",
+                "max_pool",
+                kernel=[2, 2],
+                stride=[2, 2],
+                padding=[0] * 4,
+                ceil_mode=False,
+            )
+            height, width = height // 2, width // 2
+    append("flatten", "flatten")
+    n_features = n_channels * height * width
+    for number, out_features in enumerate((*fc_features, n_classes), start=1):
+        name = f"fc{number}"
+        append(name, "fc", out_features=out_features, bias=True, weights=_DENSE)
+        draw(name, out_features, n_features)
+        n_features = out_features
+        if number <= len(fc_features):
+            append(f"{name}_relu", "relu")
+            append(f"{name}_dropout", "dropout", rate=dropout)
+    append("prob", "softmax")
+    return Network(nodes, tensors, input_shape, metadata=metadata)
+
+
+def alexnet_drawn(settings: Mapping[str, LayerSettings], seed: int = 0) -> Network:
+    """Build AlexNet, product-quantised, with drawn codebooks and codes.
+
+    What it computes means nothing; how long it takes depends on the geometry only.
+    Codewords are normal with the variance of He initialisation, so that responses
+    keep an ordinary range, and codes uniform. The metadata say that all of it is
+    drawn.
+
+    Parameters
+    ----------
+    settings : mapping of str to LayerSettings
+        Settings of each of the layers ``conv1`` … ``conv5``, ``fc6`` … ``fc8``;
+        a layer with ``dense`` gets dense weights.
+    seed : int
+        Seed of the parameters.
+
+    Raises
+    ------
+    ConfigError
+        If a layer has no settings.
+    """
+    published = published_network("AlexNet")
+    rng = np.random.default_rng(seed)
+    nodes: list[Node] = []
+    tensors: dict[str, npt.NDArray[Any]] = {}
+    for node in published.nodes:
+        if node.name not in published.weight_shapes:
+            nodes.append(node)
+            continue
+        if node.name not in settings:
+            raise ConfigError(
+                f"got settings of layers {', '.join(settings)}, expected {node.name} "
+                "among them"
+            )
+        shape = published.weight_shapes[node.name]
+        weights, arrays = _draw_weights(
+            shape, node.attributes.get("groups", 1), settings[node.name], rng
+        )
+        nodes.append(node.with_attributes(weights=weights))
+        tensors |= {f"{node.name}.{suffix}": array for suffix, array in arrays.items()}
+        tensors[f"{node.name}.bias"] = np.zeros(shape[0], np.float32)
+    origin = {"architecture": "AlexNet", "parameters": "drawn", "seed": seed}
+    return Network(nodes, tensors, published.input_shape, metadata={"origin": origin})
+
+
+def _draw_weights(
+    shape: tuple[int, ...],
+    groups: int,
+    settings: LayerSettings,
+    rng: np.random.Generator,
+) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
+    """Draw one layer; return its ``weights`` attribute and tensors."""
+    out_channels, channels, *kernel = shape
+    fan_in = prod(shape[1:])
+    if settings.dense:
+        return _DENSE, {"weight": _he_normal(shape, fan_in, rng)}
+    n_centroids, dsub = settings.n_centroids, settings.subvector_dim
+    n_subspaces = -(-channels // dsub)
+    n_sets = groups if settings.codebook_groups == "per_group" else 1
+    codebooks = _he_normal((n_sets, n_subspaces, n_centroids, dsub), fan_in, rng)
+    # Coordinates behind the last channel are padding.
+    padding = n_subspaces * dsub - channels
+    codebooks[:, -1, :, dsub - padding :] = 0
+    codes = rng.integers(
+        n_centroids,
+        size=(out_channels, *kernel, n_subspaces),
+        dtype=np.uint8 if n_centroids <= 256 else np.uint16,
+    )
+    weights = {
+        "type": "product_quantized",
+        "n_subspaces": n_subspaces,
+        "n_centroids": n_centroids,
+        "subvector_dim": dsub,
+        "codebook_groups": n_sets,
+    }
+    return weights, {
+        "codebooks": codebooks if n_sets > 1 else codebooks[0],
+        "codes": codes,
+    }
+
+
+def _he_normal(
+    shape: Sequence[int], fan_in: int, rng: np.random.Generator
+) -> npt.NDArray[np.float32]:
+    values = rng.standard_normal(shape, np.float32)
+    values *= np.float32(sqrt(2 / fan_in))
+    return values

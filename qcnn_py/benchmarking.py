@@ -1,0 +1,443 @@
+"""The speed test: dense float32 against product-quantised, in one process.
+
+The protocol of Wu et al., Quantized Convolutional Neural Networks for Mobile Devices
+(2016): single images, one thread, 100 images, 5 repeats. The contenders take turns in
+short blocks, so that a change of clock rate or load meets all of them alike, and the
+process stays on as many cores as it has threads.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcnn_py.errors import ConfigError, ShapeError
+from qcnn_py.model import Model, available_isas
+from qcnn_py.network import FloatArray, LayerInfo, Network
+
+__all__ = ["Contender", "benchmark", "describe_environment", "format_table"]
+
+# Batches that a contender runs before the next one takes its turn. Each block starts
+# with an untimed batch: the contender before has filled the caches with its weights.
+_BLOCK = 10
+
+# Distinct images drawn where none are given: enough that no branch or cache line is
+# learnt by heart, few enough to stay small at any batch size.
+_DRAWN_IMAGES = 100
+
+PUBLISHED: Mapping[str, Mapping[str, Any]] = {
+    "AlexNet": {
+        "source": "Wu et al. 2016, reference implementation",
+        "settings": "conv 8/128, fc 4/32, last layer 1/16",
+        "baseline": "Caffe with ATLAS",
+        "cpu": "Intel Core i7-4790K",
+        "theoretical_speedup": 4.15,
+        "dense_ms": 167.786,
+        "quantized_ms": 55.348,
+        "speedup": 3.03,
+    }
+}
+"""Published speed tests by architecture."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something that classifies a batch and is timed.
+
+    Attributes
+    ----------
+    name : str
+        Short name, unique among the contenders.
+    description : str
+        What runs: format of the weights, engine.
+    run : callable
+        Takes a float32 array of shape (N, C, H, W); what it returns is dropped.
+    """
+
+    name: str
+    description: str
+    run: Callable[[FloatArray], object]
+
+
+def benchmark(
+    network: Network,
+    *,
+    repeats: int = 5,
+    batches: int = 100,
+    batch_size: int = 1,
+    warmup: int = 3,
+    threads: int = 1,
+    precision: str = "fast",
+    isa: str | None = None,
+    seed: int = 0,
+    images: npt.ArrayLike | None = None,
+    peers: Sequence[Contender] = (),
+) -> dict[str, Any]:
+    """Time a quantised network against its decoded weights in dense float32.
+
+    Parameters
+    ----------
+    network : Network
+        A network with quantised layers.
+    repeats : int
+        Times the whole measurement is done.
+    batches : int
+        Timed batches of each contender in a repeat.
+    batch_size : int
+        Images per batch.
+    warmup : int
+        Untimed batches of each contender before each repeat.
+    threads : int
+        Threads of our engine; the process is kept on as many cores.
+    precision, isa
+        See :meth:`qcnn_py.Network.compile`.
+    seed : int
+        Seed of the drawn images.
+    images : array of float32, shape (N, C, H, W), optional
+        Preprocessed images, used in turn; standard normal noise by default.
+    peers : sequence of Contender
+        Others that take part, timed the same way.
+
+    Returns
+    -------
+    dict
+        Plain JSON values, described under ``speed`` in
+        ``workflow/schemas/report.schema.json``. Times are in milliseconds per image; a
+        repeat's time is the median of its batches, the average is over repeats.
+
+    Raises
+    ------
+    ConfigError
+        If a count is below 1 or the precision or ISA is not available.
+    ShapeError
+        If `images` do not fit the network.
+    """
+    counts = {
+        "repeats": repeats,
+        "batches": batches,
+        "batch_size": batch_size,
+        "threads": threads,
+    }
+    for name, count in counts.items():
+        if count < 1:
+            raise ConfigError(f"{name} is {count}, expected at least 1")
+    inputs = _batches(network, batch_size, images, seed)
+    # The engine's threads inherit the cores of the thread that starts them.
+    with _pinned(threads) as cores, _no_garbage_collection():
+        dense = network.decoded().compile(precision, isa, threads)
+        quantized = network.compile(precision, isa, threads)
+        contenders = [
+            Contender("dense", "dense float32, our engine", dense),
+            Contender("quantized", "product-quantised, our engine", quantized),
+            *peers,
+        ]
+        times = np.stack(
+            [_take_turns(contenders, inputs, batches, warmup) for _ in range(repeats)],
+            axis=1,
+        )
+        layers = [
+            _layer_entry(layer, kernels, layer_times)
+            for layer, kernels, layer_times in zip(
+                network.layers,
+                zip(_kernel_names(dense), _kernel_names(quantized), strict=True),
+                _time_layers(dense, quantized, inputs[0], batches, warmup),
+                strict=True,
+            )
+        ]
+
+    medians = np.median(times, axis=2)
+    averages = medians.mean(axis=1)
+    # Metadata are free: another tool may have put anything there.
+    stated = network.metadata.get("origin")
+    origin = stated if isinstance(stated, dict) else {}
+    return {
+        "settings": {
+            **counts,
+            "warmup": warmup,
+            "precision": precision,
+            "isa": quantized.isa,
+            "inputs": "drawn" if images is None else "images",
+            "cores": cores,
+            "seed": seed,
+        },
+        "environment": describe_environment(),
+        "network": {
+            "architecture": origin.get("architecture"),
+            "parameters_drawn": origin.get("parameters") == "drawn",
+            "input_shape": list(network.input_shape),
+            "dense_bytes": _parameter_bytes(dense.network),
+            "bytes": _parameter_bytes(network),
+        },
+        "contenders": [
+            {
+                "name": contender.name,
+                "description": contender.description,
+                "repeats": [_statistics(repeat) for repeat in of_contender],
+                "average_ms": float(average),
+                "spread_ms": _spread(of_repeat),
+                "speedup": float(averages[0] / average),
+                "speedup_spread": _spread(medians[0] / of_repeat),
+            }
+            for contender, of_contender, of_repeat, average in zip(
+                contenders, times, medians, averages, strict=True
+            )
+        ],
+        "operations": _operations(network.layers),
+        "layers": layers,
+        "published": PUBLISHED.get(origin.get("architecture", "")),
+    }
+
+
+def describe_environment() -> dict[str, Any]:
+    """Return CPU, instruction sets, system and versions as plain JSON values."""
+    cpu, flags = _cpu()
+    return {
+        "cpu": cpu,
+        "cpu_flags": flags,
+        "logical_cpus": os.cpu_count(),
+        "isas": available_isas(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in ("numpy", "qcnn")},
+    }
+
+
+def format_table(result: Mapping[str, Any]) -> str:
+    """Return the result of :func:`benchmark` as text, in the form of the paper."""
+    settings, network = result["settings"], result["network"]
+    contenders = result["contenders"]
+    width = max(12, *(len(each["name"]) + 2 for each in contenders))
+    header = "repeat".ljust(9) + "".join(
+        each["name"].rjust(width) for each in contenders
+    )
+    lines = [
+        f"{result['environment']['cpu']}, {settings['isa']}, "
+        f"precision {settings['precision']}, {settings['threads']} thread(s), "
+        f"{settings['batch_size']} image(s) per batch",
+        f"ms per image, median of {settings['batches']} batches"
+        + ("; parameters and codes are drawn" * network["parameters_drawn"]),
+        "",
+        f"{header}{'speed-up':>12}",
+    ]
+    for index in range(settings["repeats"]):
+        medians = [each["repeats"][index]["median"] for each in contenders]
+        lines.append(
+            _table_row(str(index + 1), medians, medians[0] / medians[1], width)
+        )
+    averages = [each["average_ms"] for each in contenders]
+    lines.append(_table_row("average", averages, contenders[1]["speedup"], width))
+    theoretical = result["operations"]["theoretical_speedup"]
+    lines += ["", f"theoretical speed-up (operation counts): {theoretical:.2f}x"]
+    if (published := result["published"]) is not None:
+        lines.append(
+            f"published: {published['theoretical_speedup']:.2f}x theoretical, "
+            f"{published['dense_ms']:.3f} ms / {published['quantized_ms']:.3f} ms = "
+            f"{published['speedup']:.2f}x on {published['cpu']}"
+        )
+    return "\n".join(lines)
+
+
+def _table_row(label: str, times: Sequence[float], speedup: float, width: int) -> str:
+    cells = "".join(f"{value:{width}.3f}" for value in times)
+    return f"{label:<9}{cells}{speedup:11.2f}x"
+
+
+def _batches(
+    network: Network, batch_size: int, images: npt.ArrayLike | None, seed: int
+) -> list[FloatArray]:
+    """Cut images into batches of equal size, repeating them to fill the last."""
+    if images is None:
+        count = max(batch_size, _DRAWN_IMAGES // batch_size * batch_size)
+        shape = (count, *network.input_shape)
+        array = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+    else:
+        array = np.ascontiguousarray(images, dtype=np.float32)
+        if array.shape[1:] != network.input_shape or len(array) == 0:
+            raise ShapeError(
+                f"images have shape {array.shape}, "
+                f"expected (N >= 1, {', '.join(map(str, network.input_shape))})"
+            )
+        array = np.resize(
+            array, (-(-len(array) // batch_size) * batch_size, *array.shape[1:])
+        )
+    return list(array.reshape(-1, batch_size, *network.input_shape))
+
+
+def _take_turns(
+    contenders: Sequence[Contender],
+    inputs: Sequence[FloatArray],
+    batches: int,
+    warmup: int,
+) -> npt.NDArray[np.float64]:
+    """Time contenders in turns; ms per image, shape (contenders, batches)."""
+    times = np.empty((len(contenders), batches))
+    for contender in contenders:
+        for index in range(warmup):
+            contender.run(inputs[index % len(inputs)])
+    order = list(enumerate(contenders))
+    for start in range(0, batches, _BLOCK):
+        for row, contender in order:
+            contender.run(inputs[start % len(inputs)])
+            for index in range(start, min(start + _BLOCK, batches)):
+                batch = inputs[index % len(inputs)]
+                begin = time.perf_counter_ns()
+                contender.run(batch)
+                elapsed = time.perf_counter_ns() - begin
+                times[row, index] = elapsed / 1e6 / len(batch)
+        # No contender is always the one that runs after the slowest.
+        order.reverse()
+    return times
+
+
+def _time_layers(
+    dense: Model, quantized: Model, images: FloatArray, batches: int, warmup: int
+) -> Iterator[npt.NDArray[np.float64]]:
+    """Time each layer alone, on its real input; yield the two medians of each.
+
+    A layer that runs alone finds its weights in the caches more often than inside the
+    network: the times show where time goes and do not add up to the network's.
+    """
+    network = quantized.network
+    values = {network.input_name: images, **quantized.trace(images)}
+    for layer in network.layers:
+        start = network.node(layer.name).inputs[0]
+        alone = [
+            Contender(
+                layer.name,
+                layer.kind,
+                model.network.subgraph(start, layer.name).compile(
+                    model.precision, model.isa, model.threads
+                ),
+            )
+            for model in (dense, quantized)
+        ]
+        yield np.median(_take_turns(alone, [values[start]], batches, warmup), axis=1)
+
+
+def _kernel_names(model: Model) -> list[str]:
+    return [layer["kernel_name"] for layer in model.layers]
+
+
+def _statistics(times: npt.NDArray[np.float64]) -> dict[str, float]:
+    lower, median, upper = np.quantile(times, [0.25, 0.5, 0.75])
+    return {
+        "median": float(median),
+        "mean": float(times.mean()),
+        "minimum": float(times.min()),
+        "lower_quartile": float(lower),
+        "upper_quartile": float(upper),
+        "maximum": float(times.max()),
+    }
+
+
+def _spread(values: npt.NDArray[np.float64]) -> float | None:
+    """Sample standard deviation; none of a single value."""
+    return float(values.std(ddof=1)) if len(values) > 1 else None
+
+
+def _operations(layers: Sequence[LayerInfo]) -> dict[str, float]:
+    dense = sum(layer.dense_operations for layer in layers)
+    quantized = sum(layer.operations for layer in layers)
+    return {
+        "dense": dense,
+        "quantized": quantized,
+        "theoretical_speedup": dense / quantized,
+    }
+
+
+def _layer_entry(
+    layer: LayerInfo, kernels: tuple[str, str], times: npt.NDArray[np.float64]
+) -> dict[str, Any]:
+    dense_kernel, kernel = kernels
+    dense_ms, quantized_ms = map(float, times)
+    return {
+        "name": layer.name,
+        "kind": layer.kind,
+        "quantized": layer.quantized,
+        "n_subspaces": layer.n_subspaces,
+        "n_centroids": layer.n_centroids,
+        "subvector_dim": layer.subvector_dim,
+        "dense_bytes": layer.dense_bytes,
+        "bytes": layer.bytes,
+        "compression": layer.dense_bytes / layer.bytes,
+        "dense_operations": layer.dense_operations,
+        "operations": layer.operations,
+        "theoretical_speedup": layer.dense_operations / layer.operations,
+        "dense_kernel": dense_kernel,
+        "kernel": kernel,
+        "dense_ms": dense_ms,
+        "ms": quantized_ms,
+        "speedup": dense_ms / quantized_ms,
+    }
+
+
+def _parameter_bytes(network: Network) -> int:
+    """Bytes of all parameters as a ``.qcnn`` file holds them."""
+    layers = network.layers
+    names = {layer.name for layer in layers}
+    others = sum(
+        array.nbytes
+        for key, array in network.tensors.items()
+        if key.rpartition(".")[0] not in names
+    )
+    return others + sum(layer.bytes for layer in layers)
+
+
+@contextmanager
+def _pinned(threads: int) -> Iterator[list[int] | None]:
+    """Keep the process on `threads` cores; ``None`` where the system has no such call.
+
+    The highest numbers are taken: systems tend to serve interrupts on the lowest.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        yield None
+        return
+    allowed = os.sched_getaffinity(0)
+    cores = sorted(allowed)[-threads:]
+    os.sched_setaffinity(0, cores)
+    try:
+        yield cores
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Keep the collector from running inside a timed batch."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _cpu() -> tuple[str, list[str]]:
+    """Name of the CPU and its vector extensions, as far as the system tells."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine(), []
+    fields: dict[str, str] = {}
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    vector = [flag for flag in flags if flag.startswith(_VECTOR_FLAGS)]
+    return fields.get("model name", platform.machine()), sorted(vector)
+
+
+_VECTOR_FLAGS = ("avx", "fma", "f16c", "sse4", "ssse3", "asimd", "neon", "sve")

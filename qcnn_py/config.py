@@ -1,0 +1,596 @@
+"""The settings of a whole workflow, checked before any job starts.
+
+``config.yaml`` is read into :class:`Config`; every part of it is a frozen pydantic
+model whose fields carry a description, a default and a range. Unknown keys are
+refused with the full path of the key and the closest known one.
+
+``python -m qcnn_py.config`` prints the JSON schema that is kept in
+``workflow/schemas/config.schema.json`` for editors.
+"""
+
+import difflib
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+
+from qcnn_py.dataset_config import DatasetConfig, DigitsConfig
+from qcnn_py.errors import ConfigError
+
+LayerKind = Literal["conv", "fc"]
+"""The two kinds of layer that have weights to quantise."""
+
+LayerNames = Sequence[tuple[str, LayerKind]]
+"""Names and kinds of the conv and fc layers of a network, in order."""
+
+RunName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+
+ALEXNET_LAYERS: LayerNames = (
+    *((f"conv{i}", "conv") for i in range(1, 6)),
+    *((f"fc{i}", "fc") for i in range(6, 9)),
+)
+"""The layers of :func:`qcnn_py.architectures.alexnet`."""
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def from_mapping(cls, data: Any) -> Self:
+        """Check a mapping of plain values.
+
+        Raises
+        ------
+        ConfigError
+            One line per mistake: the full path of the key, what it got and what was
+            expected, with the closest known key for a misspelt one.
+        """
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            schema = cls.model_json_schema()
+            lines = [_describe(schema, details) for details in error.errors()]
+            raise ConfigError("\n".join(lines)) from error
+
+
+class LayerSettings(Section):
+    """How one conv or fc layer is quantised."""
+
+    dense: bool = Field(
+        default=False,
+        description="Leave the layer in float32 instead of quantising it.",
+    )
+    method: Literal["bcd", "kmeans"] = Field(
+        default="bcd",
+        description=(
+            "bcd: error-corrected quantisation, block coordinate descent on the "
+            "layer's response. kmeans: k-means on the weights alone."
+        ),
+    )
+    n_centroids: int = Field(
+        default=64,
+        ge=2,
+        le=65536,
+        description="Codewords per subspace (K). Up to 256 fit one byte.",
+    )
+    subvector_dim: int = Field(
+        default=4,
+        ge=1,
+        le=1024,
+        description=(
+            "Input channels that one codeword covers (C'). The last sub-vector is "
+            "padded with zeros where it does not divide the channels."
+        ),
+    )
+    codebook_groups: Literal["shared", "per_group"] = Field(
+        default="shared",
+        description=(
+            "Grouped convolution: one set of codebooks for all groups, or one each."
+        ),
+    )
+    calibration_images: int = Field(
+        default=1000,
+        ge=1,
+        description="Training images (without labels) that the response is kept on.",
+    )
+    positions_per_image: int | None = Field(
+        default=None,
+        ge=1,
+        description=(
+            "Output positions drawn per calibration image in a conv layer; "
+            "null takes all of them."
+        ),
+    )
+    damping: float = Field(
+        default=0.01,
+        ge=0,
+        description=(
+            "Added to the diagonal of the input's second moments, as a multiple of "
+            "its mean."
+        ),
+    )
+    max_rounds: int = Field(
+        default=30,
+        ge=0,
+        description="Most rounds of coordinate descent over all subspaces.",
+    )
+    tolerance: float = Field(
+        default=1e-4,
+        ge=0,
+        description="Stop when a round lowers the objective by less than this share.",
+    )
+    kmeans_restarts: int = Field(
+        default=3,
+        ge=1,
+        description="Starts of k-means; the one with the least error is kept.",
+    )
+    bias_correction: bool = Field(
+        default=True, description="Take the mean response error into the bias."
+    )
+
+
+def _drop_defaults(schema: dict[str, Any]) -> None:
+    for field in schema["properties"].values():
+        field.pop("default", None)
+
+
+class LayerOverrides(LayerSettings):
+    """Settings of some layers. Only the keys that are given count."""
+
+    model_config = ConfigDict(json_schema_extra=_drop_defaults)
+
+    def given(self) -> dict[str, Any]:
+        """Return the settings that were set explicitly."""
+        fields = self.model_fields_set & LayerSettings.model_fields.keys()
+        return {name: getattr(self, name) for name in sorted(fields)}
+
+
+class Preset(Section):
+    """Settings of a publication, by the role of the layer."""
+
+    conv: LayerOverrides
+    fc: LayerOverrides
+    last: LayerOverrides
+
+
+PRESETS: Mapping[str, Preset] = {
+    # Wu et al., Quantized Convolutional Neural Networks for Mobile Devices (2016),
+    # the setting of their AlexNet speed test: conv 8/128, fc 4/32, last fc 1/16.
+    "paper-alexnet": Preset(
+        conv=LayerOverrides(subvector_dim=8, n_centroids=128),
+        fc=LayerOverrides(subvector_dim=4, n_centroids=32),
+        last=LayerOverrides(subvector_dim=1, n_centroids=16),
+    )
+}
+
+
+class QuantizeConfig(LayerOverrides):
+    """Quantisation of a network: settings for all layers, by kind and by name."""
+
+    preset: Literal["paper-alexnet"] | None = Field(
+        default=None,
+        description=(
+            "Published settings to start from; every key given here beats them. "
+            "paper-alexnet: conv 8/128, fc 4/32, last layer 1/16 "
+            "(subvector_dim/n_centroids)."
+        ),
+    )
+    conv: LayerOverrides = Field(
+        default=LayerOverrides(), description="Settings of all convolutional layers."
+    )
+    fc: LayerOverrides = Field(
+        default=LayerOverrides(), description="Settings of all fully connected layers."
+    )
+    layers: dict[str, LayerOverrides] = Field(
+        default={}, description="Settings of single layers, by the layer's name."
+    )
+
+    def resolve(
+        self, name: str, kind: LayerKind, is_last: bool = False
+    ) -> LayerSettings:
+        """Return the settings of one layer.
+
+        Later ones win: defaults, preset, all layers, kind, name.
+
+        Parameters
+        ----------
+        name
+            The layer's name.
+        kind
+            ``"conv"`` or ``"fc"``.
+        is_last
+            Whether it is the network's last conv or fc layer; presets may treat it
+            on its own.
+        """
+        settings: dict[str, Any] = {}
+        if self.preset is not None:
+            preset = PRESETS[self.preset]
+            role = preset.last if is_last else getattr(preset, kind)
+            settings |= role.given()
+        settings |= self.given()
+        settings |= (self.conv if kind == "conv" else self.fc).given()
+        if name in self.layers:
+            settings |= self.layers[name].given()
+        return LayerSettings(**settings)
+
+    def check_layers(self, names: Iterable[str]) -> None:
+        """Refuse settings for layers that the network does not have.
+
+        Raises
+        ------
+        ConfigError
+            Names the first such layer, the closest real one and all real ones.
+        """
+        known = list(names)
+        for name in self.layers:
+            if name not in known:
+                raise ConfigError(
+                    f"quantize.layers.{name}: the network has no such layer"
+                    f"{_suggestion(name, known)}; its layers are {', '.join(known)}"
+                )
+
+
+class OptimizerConfig(Section):
+    """Training by gradient descent."""
+
+    optimizer: Literal["sgd", "adam"] = Field(
+        default="adam", description="sgd: with Nesterov momentum. adam: Adam or AdamW."
+    )
+    learning_rate: float = Field(default=1e-3, gt=0, description="Highest step size.")
+    schedule: Literal["constant", "cosine", "step"] = Field(
+        default="cosine",
+        description=(
+            "How the step size falls: not at all, along a half cosine to zero, or "
+            "by a factor every step_epochs."
+        ),
+    )
+    step_epochs: int = Field(
+        default=10, ge=1, description="Schedule step: epochs between two reductions."
+    )
+    step_factor: float = Field(
+        default=0.1, gt=0, le=1, description="Schedule step: factor of each reduction."
+    )
+    warmup_epochs: int = Field(
+        default=0, ge=0, description="Epochs over which the step size rises from zero."
+    )
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="Momentum (sgd only).")
+    weight_decay: float = Field(
+        default=0.0,
+        ge=0,
+        description="Decoupled decay of the weights, not of the biases.",
+    )
+    epochs: int = Field(
+        default=20,
+        ge=0,
+        description="Passes over the training images; 0 changes nothing.",
+    )
+    batch_size: int = Field(default=64, ge=1, description="Images per step.")
+    dropout: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="Dropout rate; null keeps the rates the network states.",
+    )
+    patience: int = Field(
+        default=0,
+        ge=0,
+        description=(
+            "Stop after this many epochs without a lower validation loss and keep "
+            "the best parameters; 0 never stops early."
+        ),
+    )
+
+
+class TrainedNetworkConfig(Section):
+    """A network that the workflow trains."""
+
+    source: Literal["train"] = Field(default="train", description="Train the network.")
+    architecture: Literal["conv_fc"] = Field(
+        default="conv_fc",
+        description=(
+            "conv_fc: convolutions, each with ReLU, some with 2x2 max pooling, then "
+            "fully connected layers. Layers are named conv1, conv2, … and fc1, fc2, …"
+        ),
+    )
+    conv_channels: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(32, 64),
+        min_length=1,
+        description="Output channels of each convolution.",
+    )
+    fc_features: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(256,),
+        description="Features of each hidden fully connected layer; one more follows.",
+    )
+    kernel_size: int = Field(
+        default=3,
+        ge=1,
+        le=15,
+        description="Height and width of every convolution's kernel.",
+    )
+    pool_after: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        default=None,
+        description=(
+            "Numbers, from 1, of the convolutions followed by 2x2 max pooling; null: "
+            "all of them."
+        ),
+    )
+    dropout: float = Field(
+        default=0.5,
+        ge=0,
+        lt=1,
+        description="Dropout rate after each hidden fully connected layer.",
+    )
+    training: OptimizerConfig = Field(
+        default=OptimizerConfig(), description="How the network is trained."
+    )
+
+    @property
+    def layer_names(self) -> LayerNames:
+        """Names and kinds of the conv and fc layers, in order."""
+        return (
+            *((f"conv{i + 1}", "conv") for i in range(len(self.conv_channels))),
+            *((f"fc{i + 1}", "fc") for i in range(len(self.fc_features) + 1)),
+        )
+
+
+class NetworkFileConfig(Section):
+    """A trained network from a file."""
+
+    source: Literal["file"] = Field(
+        default="file", description="Read a trained network."
+    )
+    path: str = Field(
+        description="A dense network in a .qcnn file.", pattern=r"\.qcnn$"
+    )
+
+
+NetworkConfig = Annotated[
+    TrainedNetworkConfig | NetworkFileConfig, Field(discriminator="source")
+]
+
+
+class BenchmarkConfig(Section):
+    """The speed test: dense against quantised, in turns, in one process."""
+
+    repeats: int = Field(
+        default=5, ge=1, description="Times the whole measurement is done."
+    )
+    batches: int = Field(default=100, ge=1, description="Batches timed in each repeat.")
+    batch_size: int = Field(default=1, ge=1, description="Images per batch.")
+    warmup: int = Field(
+        default=3, ge=0, description="Untimed batches before each repeat."
+    )
+    threads: int = Field(default=1, ge=1, description="Threads of the engine.")
+    precision: Literal["exact", "fast"] = Field(
+        default="fast",
+        description="Look-up tables: exact is float32, fast the engine's choice.",
+    )
+
+
+class ReportConfig(Section):
+    """Contents of report.html."""
+
+    title: str | None = Field(
+        default=None, description="Heading; null uses the run's name."
+    )
+    example_images: int = Field(
+        default=12, ge=0, description="Test images shown with their predictions."
+    )
+
+
+class PipelineConfig(Section):
+    """Quantise a trained network on real images and measure what it costs."""
+
+    kind: Literal["pipeline"] = Field(
+        default="pipeline", description="The whole chain on a data set."
+    )
+    seed: int = Field(
+        default=0,
+        ge=0,
+        description="Seed of all random choices; replicate i uses seed + i.",
+    )
+    replicates: int = Field(
+        default=1,
+        ge=1,
+        description=(
+            "Times the chain is run, each with its own seed and, where the data set "
+            "is split into folds, its own test fold."
+        ),
+    )
+    dataset: DatasetConfig = Field(default=DigitsConfig(), description="The images.")
+    network: NetworkConfig = Field(
+        default=TrainedNetworkConfig(), description="The network to quantise."
+    )
+    quantize: QuantizeConfig = Field(
+        default=QuantizeConfig(), description="How its layers are quantised."
+    )
+    finetune: OptimizerConfig = Field(
+        default=OptimizerConfig(),
+        description=(
+            "How the fully connected layers are trained on after the convolutions "
+            "are quantised; epochs: 0 leaves them."
+        ),
+    )
+    benchmark: BenchmarkConfig = Field(
+        default=BenchmarkConfig(), description="The speed test of the finished model."
+    )
+    report: ReportConfig = Field(default=ReportConfig(), description="The report.")
+
+    @model_validator(mode="after")
+    def _check_folds(self) -> Self:
+        folds = self.dataset.folds
+        if self.dataset.test_split == "folds" and self.replicates > folds:
+            raise ValueError(
+                f"replicates: got {self.replicates}, expected at most the {folds} "
+                "of dataset.folds"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> Self:
+        # The layers of a file are known only when it is read.
+        if isinstance(self.network, TrainedNetworkConfig):
+            self.quantize.check_layers(name for name, _ in self.network.layer_names)
+        return self
+
+
+class SpeedConfig(Section):
+    """The speed test alone, on an architecture with drawn parameters."""
+
+    kind: Literal["speed"] = Field(
+        default="speed", description="Speed only: no images, no accuracy."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the drawn parameters.")
+    architecture: Literal["alexnet"] = Field(
+        default="alexnet",
+        description="alexnet: 3x227x227 inputs, two groups in conv2, conv4 and conv5.",
+    )
+    quantize: QuantizeConfig = Field(
+        default=QuantizeConfig(preset="paper-alexnet"),
+        description="Codeword counts and lengths of its layers.",
+    )
+    benchmark: BenchmarkConfig = Field(
+        default=BenchmarkConfig(), description="The speed test."
+    )
+    report: ReportConfig = Field(default=ReportConfig(), description="The report.")
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> Self:
+        self.quantize.check_layers(name for name, _ in ALEXNET_LAYERS)
+        return self
+
+
+RunConfig = Annotated[PipelineConfig | SpeedConfig, Field(discriminator="kind")]
+
+
+class Config(Section):
+    """The whole of ``config.yaml``."""
+
+    results: str = Field(
+        default="results",
+        min_length=1,
+        description="Folder for everything the workflow makes.",
+    )
+    runs: dict[RunName, RunConfig] = Field(
+        min_length=1,
+        description="The runs to build, by name: letters, digits, '-' and '_'.",
+    )
+
+
+def load_config(source: Mapping[str, Any] | str | Path) -> Config:
+    """Check a configuration.
+
+    Parameters
+    ----------
+    source
+        The configuration as a mapping, or the path of a YAML file.
+
+    Raises
+    ------
+    ConfigError
+        As :meth:`Section.from_mapping`; also if the file is not valid YAML.
+    """
+    if isinstance(source, Mapping):
+        return Config.from_mapping(source)
+    try:
+        return Config.from_mapping(yaml.safe_load(Path(source).read_text("utf-8")))
+    except (yaml.YAMLError, ConfigError) as error:
+        raise ConfigError(f"{source}: {error}") from error
+
+
+def json_schema() -> str:
+    """Return the JSON schema of ``config.yaml``."""
+    schema = Config.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return json.dumps(schema, indent=2, sort_keys=True) + "\n"
+
+
+def _describe(schema: dict[str, Any], details: ErrorDetails) -> str:
+    location = details["loc"]
+    if details["type"] == "extra_forbidden":
+        path, known = _follow(schema, location[:-1])
+        key = str(location[-1])
+        hint = _suggestion(key, known) or f"; known keys: {', '.join(known)}"
+        return f"{'.'.join([*path, key])}: unknown key{hint}"
+    path, _ = _follow(schema, location)
+    reason = details["msg"].removeprefix("Value error, ")
+    if details["type"] == "value_error":
+        # Raised by a model validator, which names the key below its own section.
+        return ".".join([*path, reason])
+    got = details["input"]
+    shown = "" if isinstance(got, (Mapping, list)) else f", got {got!r}"
+    return f"{'.'.join(path) or 'configuration'}: {reason}{shown}"
+
+
+def _follow(
+    schema: dict[str, Any], location: Iterable[int | str]
+) -> tuple[list[str], list[str]]:
+    """Walk an error's location; return the path of keys and the keys known there.
+
+    pydantic puts tags and branches of unions into the location; they are no keys and
+    are left out.
+    """
+    path: list[str] = []
+    node = schema
+    for part in location:
+        if part == "[key]":
+            # The key itself is wrong; it was named just before.
+            break
+        branches = _branches(schema, node)
+        node = branches[0]
+        if "discriminator" in node:
+            # An unknown tag is an error of the union itself, so part is a known one.
+            node = {"$ref": node["discriminator"]["mapping"][part]}
+        elif len(branches) == 1:
+            path.append(str(part))
+            node = _child(node, part)
+    return path, sorted(_branches(schema, node)[0].get("properties", {}))
+
+
+def _branches(schema: dict[str, Any], node: dict[str, Any]) -> list[dict[str, Any]]:
+    """Resolve references; split ``X | Y`` into its branches, null left out."""
+    while "$ref" in node:
+        node = schema["$defs"][node["$ref"].rpartition("/")[2]]
+    if "anyOf" not in node:
+        return [node]
+    return [
+        resolved
+        for branch in node["anyOf"]
+        for resolved in _branches(schema, branch)
+        if resolved.get("type") != "null"
+    ]
+
+
+def _child(node: dict[str, Any], part: int | str) -> dict[str, Any]:
+    """Return the schema of a key or index; an empty one where it is unknown."""
+    properties: dict[str, Any] = node.get("properties", {})
+    if part in properties:
+        return dict(properties[part])
+    patterns = list(node.get("patternProperties", {}).values())
+    child = node.get("items") or node.get("additionalProperties") or patterns[:1]
+    if isinstance(child, list):
+        child = child[0] if child else {}
+    return dict(child)
+
+
+def _suggestion(key: str, known: Sequence[str]) -> str:
+    matches = difflib.get_close_matches(key, known, n=2)
+    return f"; did you mean {' or '.join(map(repr, matches))}?" if matches else ""
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json_schema())

@@ -1,0 +1,33 @@
+"""Every error this package raises on purpose.
+
+The names say what was wrong; the message names the field, what it got and what
+was expected. ``OSError`` keeps its own subclasses (``FileNotFoundError`` …).
+"""
+
+
+class QcnnError(Exception):
+    """Base class of all errors raised on purpose by this package."""
+
+
+class ConfigError(QcnnError, ValueError):
+    """A setting is unknown, out of range or impossible for the layer it names."""
+
+
+class ModelFormatError(QcnnError, ValueError):
+    """A model or parameter file is malformed, truncated or inconsistent."""
+
+
+class ShapeError(QcnnError, ValueError):
+    """An array or graph value has the wrong shape or dtype."""
+
+
+class DatasetError(QcnnError, ValueError):
+    """A data set is missing, unreadable or inconsistent."""
+
+
+class UnsupportedOperator(QcnnError, NotImplementedError):
+    """A network uses an operator, or a form of it, that the engine lacks."""
+
+
+class NotFittedError(QcnnError, ValueError):
+    """A quantiser was used before ``fit``."""

@@ -1,0 +1,257 @@
+"""Gradient descent on the parameters of a network: the loop that all training shares.
+
+On a CPU the same seed gives the same bits for the same number of XLA's threads: one
+per core, unless the environment variable ``NPROC`` said otherwise when JAX started.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+import optax
+
+from qcnn_py.config import OptimizerConfig
+from qcnn_py.errors import ConfigError, QcnnError
+from qcnn_py.jax_graph import Parameters, forward_function
+from qcnn_py.network import FloatArray, Network
+
+__all__ = ["Examples", "build_optimizer", "build_schedule", "fit"]
+
+logger = logging.getLogger(__name__)
+
+_VALIDATION_BATCH = 1000
+
+# Statistics of batch normalisation: not changed by gradients.
+_NOT_LEARNT = (".mean", ".variance")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Inputs with their labels.
+
+    Attributes
+    ----------
+    inputs : ndarray, shape (N, …)
+        What `fit`'s ``prepare`` takes, in the simplest case float32 inputs of the
+        network.
+    labels : ndarray of int64, shape (N,)
+        Class numbers.
+    """
+
+    inputs: npt.NDArray[Any]
+    labels: npt.NDArray[np.int64]
+
+
+def fit(
+    network: Network,
+    train: Examples,
+    validation: Examples,
+    config: OptimizerConfig,
+    seed: int,
+    *,
+    prepare: Callable[[npt.NDArray[Any]], FloatArray] | None = None,
+) -> tuple[Network, dict[str, Any]]:
+    """Minimise the cross-entropy of a network's output over its parameters.
+
+    Every epoch visits the training examples once in a new order, except for those
+    that do not fill a last batch. The mean and variance of batch normalisation stay
+    as they are.
+
+    Parameters
+    ----------
+    network : Network
+        Dense; its output are class probabilities (softmax) or logits.
+    train, validation : Examples
+        To learn from, and to watch; `validation` may be empty if ``config.patience``
+        is 0.
+    config : OptimizerConfig
+        Optimiser, schedule, regularisation, early stopping.
+    seed : int
+        Seed of the order of the examples and of dropout.
+    prepare : callable, optional
+        Makes network inputs of a batch of ``inputs``.
+
+    Returns
+    -------
+    network : Network
+        The same graph with new parameters: the last ones, or with early stopping
+        those of the epoch with the lowest validation loss.
+    history : dict
+        ``epochs``: per epoch its number, ``learning_rate`` at its end, mean
+        ``train_loss`` and, with validation examples, ``validation_loss`` and
+        ``validation_accuracy`` (0 to 1); the same two under ``initial`` for the
+        parameters before; ``best_epoch``: the one whose parameters were kept, 0 for
+        the initial ones; ``stopped_early``.
+
+    Raises
+    ------
+    ConfigError
+        If early stopping lacks validation examples, or a layer is quantised.
+    QcnnError
+        If the loss becomes infinite or NaN.
+    """
+    if config.patience and not len(validation.labels):
+        raise ConfigError(
+            f"patience is {config.patience} without validation images, expected 0, or "
+            "dataset.validation above 0"
+        )
+    batch_size = min(config.batch_size, len(train.labels))
+    n_steps = len(train.labels) // batch_size
+    schedule = build_schedule(config, n_steps)
+    optimizer = build_optimizer(config, schedule)
+    logits = forward_function(_with_dropout(_without_softmax(network), config.dropout))
+    parameters = {name: jnp.asarray(array) for name, array in network.tensors.items()}
+    fixed = {k: v for k, v in parameters.items() if k.endswith(_NOT_LEARNT)}
+    learnt = {k: v for k, v in parameters.items() if k not in fixed}
+    state = optimizer.init(learnt)
+    dropout_key = jax.random.key(seed)
+
+    def losses(
+        learnt: Parameters, x: jax.Array, labels: jax.Array, key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        scores = logits({**fixed, **learnt}, x, key).reshape(len(x), -1)
+        each = optax.softmax_cross_entropy_with_integer_labels(scores, labels)
+        return each.mean(), (scores.argmax(axis=1) == labels).mean()
+
+    @jax.jit
+    def step(
+        learnt: Parameters, state: Any, x: jax.Array, labels: jax.Array, number: int
+    ) -> tuple[Parameters, Any, jax.Array]:
+        key = jax.random.fold_in(dropout_key, number)
+        (loss, _), gradient = jax.value_and_grad(losses, has_aux=True)(
+            learnt, x, labels, key
+        )
+        updates, state = optimizer.update(gradient, state, learnt)
+        return optax.apply_updates(learnt, updates), state, loss
+
+    @jax.jit
+    def assess(
+        learnt: Parameters, x: jax.Array, labels: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        return losses(learnt, x, labels, None)
+
+    def batch(examples: Examples, chosen: Any) -> tuple[Any, Any]:
+        inputs = examples.inputs[chosen]
+        return prepare(inputs) if prepare else inputs, examples.labels[chosen]
+
+    def validate(learnt: Parameters) -> dict[str, float]:
+        n = len(validation.labels)
+        starts = range(0, n, _VALIDATION_BATCH)
+        parts = [
+            assess(learnt, *batch(validation, slice(i, i + _VALIDATION_BATCH)))
+            for i in starts
+        ]
+        weights = [min(_VALIDATION_BATCH, n - i) for i in starts]
+        loss, accuracy = np.average(
+            np.array(parts, np.float64), axis=0, weights=weights
+        )
+        return {"validation_loss": float(loss), "validation_accuracy": float(accuracy)}
+
+    rng = np.random.default_rng(seed)
+    initial = validate(learnt) if len(validation.labels) else {}
+    epochs: list[dict[str, float]] = []
+    best_epoch, best = 0, learnt
+    best_loss = initial.get("validation_loss", math.inf)
+    for epoch in range(1, config.epochs + 1):
+        order = rng.permutation(len(train.labels))[: n_steps * batch_size]
+        step_losses: list[jax.Array] = []
+        for chosen in order.reshape(n_steps, batch_size):
+            number = (epoch - 1) * n_steps + len(step_losses)
+            learnt, state, loss = step(learnt, state, *batch(train, chosen), number)
+            step_losses.append(loss)
+        entry: dict[str, float] = {
+            "epoch": epoch,
+            "learning_rate": float(schedule(epoch * n_steps)),
+            "train_loss": float(np.mean(step_losses, dtype=np.float64)),
+        }
+        if len(validation.labels):
+            entry |= validate(learnt)
+        epochs.append(entry)
+        logger.info(", ".join(f"{name} {value:.4g}" for name, value in entry.items()))
+        if not all(map(math.isfinite, entry.values())):
+            raise QcnnError(
+                f"training diverged: {entry}, expected finite losses; a lower "
+                "learning_rate or some warmup_epochs may help"
+            )
+        if not config.patience or entry["validation_loss"] < best_loss:
+            best_epoch, best = epoch, learnt
+            best_loss = entry.get("validation_loss", best_loss)
+        elif epoch - best_epoch >= config.patience:
+            break
+    history = {
+        "initial": initial,
+        "epochs": epochs,
+        "best_epoch": best_epoch,
+        "stopped_early": len(epochs) < config.epochs,
+    }
+    tensors = {name: np.asarray(array) for name, array in best.items()}
+    return network.replace(tensors=tensors), history
+
+
+def _without_softmax(network: Network) -> Network:
+    """Return the network up to its logits."""
+    if network.output == network.input_name:
+        return network
+    last = network.node(network.output)
+    return network.truncated(last.inputs[0]) if last.op == "softmax" else network
+
+
+def _with_dropout(network: Network, rate: float | None) -> Network:
+    if rate is None:
+        return network
+    dropouts = [node for node in network.nodes if node.op == "dropout"]
+    return network.replace(
+        nodes={node.name: node.with_attributes(rate=rate) for node in dropouts}
+    )
+
+
+def build_schedule(config: OptimizerConfig, n_steps: int) -> optax.Schedule:
+    """Return the step size as a function of the steps done, `n_steps` an epoch."""
+    warmup = config.warmup_epochs * n_steps
+    rate = config.learning_rate
+    match config.schedule:
+        case "constant":
+            main = optax.constant_schedule(rate)
+        case "cosine":
+            n_main = max(1, config.epochs * n_steps - warmup)
+            main = optax.cosine_decay_schedule(rate, n_main)
+        case "step":
+            main = optax.exponential_decay(
+                rate,
+                transition_steps=config.step_epochs * n_steps,
+                decay_rate=config.step_factor,
+                staircase=True,
+            )
+    if not warmup:
+        return main
+    return optax.join_schedules(
+        [optax.linear_schedule(0.0, rate, warmup), main], [warmup]
+    )
+
+
+def build_optimizer(
+    config: OptimizerConfig, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+    """Return Adam or Nesterov's method; weights decay with the step size."""
+    direction = (
+        optax.scale_by_adam()
+        if config.optimizer == "adam"
+        else optax.trace(config.momentum, nesterov=True)
+    )
+
+    def decayed(parameters: Parameters) -> dict[str, bool]:
+        return {name: name.endswith(".weight") for name in parameters}
+
+    return optax.chain(
+        direction,
+        optax.add_decayed_weights(config.weight_decay, decayed),
+        optax.scale_by_learning_rate(schedule),
+    )

@@ -1,0 +1,231 @@
+"""A network as a pure, differentiable JAX function of its parameters, for training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from jax import lax
+
+from qcnn_py.errors import ConfigError
+from qcnn_py.network import Network
+
+__all__ = ["Forward", "Parameters", "forward_function"]
+
+Parameters = Mapping[str, jax.Array]
+Forward = Callable[[Parameters, jax.Array, jax.Array | None], jax.Array]
+
+_Attributes = Mapping[str, Any]
+_Operation = Callable[[_Attributes, Sequence[jax.Array], Parameters], jax.Array]
+
+
+def forward_function(network: Network) -> Forward:
+    """Return the function that the network computes.
+
+    Parameters
+    ----------
+    network : Network
+        All layers dense.
+
+    Returns
+    -------
+    callable
+        ``forward(parameters, x, dropout_key)``: `parameters` named like
+        ``network.tensors``, `x` float32 of shape (N, …). With a key, dropout drops;
+        with ``None`` it passes everything on. Batch normalisation always uses the
+        stored mean and variance.
+
+    Raises
+    ------
+    ConfigError
+        If a layer is product-quantised.
+    """
+    for node in network.nodes:
+        if node.quantized:
+            raise ConfigError(
+                f"layer {node.name!r} is product-quantised, expected dense weights "
+                "(Network.decoded makes them so)"
+            )
+
+    def forward(
+        parameters: Parameters, x: jax.Array, dropout_key: jax.Array | None
+    ) -> jax.Array:
+        values = {network.input_name: x}
+        for number, node in enumerate(network.nodes):
+            operands = [values[name] for name in node.inputs]
+            if node.op == "dropout":
+                value, rate = operands[0], node.attributes["rate"]
+                if dropout_key is not None and rate:
+                    key = jax.random.fold_in(dropout_key, number)
+                    value = _dropout(value, rate, key)
+            elif node.op in ("flatten", "reshape"):
+                value = operands[0].reshape(-1, *network.shapes[node.name])
+            else:
+                prefix = f"{node.name}."
+                own = {
+                    name.removeprefix(prefix): array
+                    for name, array in parameters.items()
+                    if name.startswith(prefix)
+                }
+                value = _OPERATIONS[node.op](node.attributes, operands, own)
+            values[node.name] = value
+        return values[network.output]
+
+    return forward
+
+
+def _dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
+    """Zero a share of the values and scale the others to keep the expectation."""
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), 0)
+
+
+def _conv(
+    attributes: _Attributes, operands: Sequence[jax.Array], own: Parameters
+) -> jax.Array:
+    top, left, bottom, right = attributes["padding"]
+    y = lax.conv_general_dilated(
+        operands[0],
+        own["weight"],
+        window_strides=attributes["stride"],
+        padding=((top, bottom), (left, right)),
+        rhs_dilation=attributes["dilation"],
+        dimension_numbers=("NCHW", "OIHW", "NCHW"),
+        feature_group_count=attributes["groups"],
+    )
+    return y + own["bias"][:, None, None] if attributes["bias"] else y
+
+
+def _fc(
+    attributes: _Attributes, operands: Sequence[jax.Array], own: Parameters
+) -> jax.Array:
+    y: jax.Array = operands[0] @ own["weight"].T
+    return y + own["bias"] if attributes["bias"] else y
+
+
+def _batch_norm(
+    attributes: _Attributes, operands: Sequence[jax.Array], own: Parameters
+) -> jax.Array:
+    x = operands[0]
+    per_channel = (-1, *[1] * (x.ndim - 2))
+    scale = own["scale"] / jnp.sqrt(own["variance"] + attributes["epsilon"])
+    shift = own["bias"] - own["mean"] * scale
+    return x * scale.reshape(per_channel) + shift.reshape(per_channel)
+
+
+def _lrn(
+    attributes: _Attributes, operands: Sequence[jax.Array], own: Parameters
+) -> jax.Array:
+    (x,) = operands
+    size = attributes["size"]
+    window = (1, size, *[1] * (x.ndim - 2))
+    padding = ((0, 0), ((size - 1) // 2, size // 2), *[(0, 0)] * (x.ndim - 2))
+    sums: jax.Array = lax.reduce_window(
+        jnp.square(x), 0.0, lax.add, window, (1,) * x.ndim, padding
+    )
+    base = attributes["bias"] + attributes["alpha"] / size * sums
+    y: jax.Array = x / base ** attributes["beta"]
+    return y
+
+
+def _max_pool(
+    attributes: _Attributes, operands: Sequence[jax.Array], own: Parameters
+) -> jax.Array:
+    return _pooled(operands[0], attributes, -jnp.inf, lax.max)
+
+
+def _average_pool(
+    attributes: _Attributes, operands: Sequence[jax.Array], own: Parameters
+) -> jax.Array:
+    (x,) = operands
+    sums = _pooled(x, attributes, 0.0, lax.add)
+    rows, columns = (
+        _window_lengths(attributes, axis, length, n_windows)
+        for axis, (length, n_windows) in enumerate(
+            zip(x.shape[2:], sums.shape[2:], strict=True)
+        )
+    )
+    return sums / np.outer(rows, columns).astype(np.float32)
+
+
+def _pooled(
+    x: jax.Array,
+    attributes: _Attributes,
+    initial: float,
+    combine: Callable[[Any, Any], Any],
+) -> jax.Array:
+    padding = [
+        _pool_padding(attributes, axis, length)
+        for axis, length in enumerate(x.shape[2:])
+    ]
+    pooled: jax.Array = lax.reduce_window(
+        x,
+        initial,
+        combine,
+        (1, 1, *attributes["kernel"]),
+        (1, 1, *attributes["stride"]),
+        ((0, 0), (0, 0), *padding),
+    )
+    return pooled
+
+
+def _pool_padding(attributes: _Attributes, axis: int, length: int) -> tuple[int, int]:
+    """Return the padding before and behind one axis, overhang of ceil mode included."""
+    kernel, stride = attributes["kernel"][axis], attributes["stride"][axis]
+    before, behind = attributes["padding"][axis], attributes["padding"][axis + 2]
+    travel = length + before + behind - kernel
+    overhang = -travel % stride if attributes["ceil_mode"] else 0
+    last_start = travel + overhang - (travel + overhang) % stride
+    if overhang and last_start >= length + before:
+        # A window that would start behind the input is left out.
+        overhang = 0
+    return before, behind + overhang
+
+
+def _window_lengths(
+    attributes: _Attributes, axis: int, length: int, n_windows: int
+) -> npt.NDArray[Any]:
+    """Return how many elements of one axis each window averages."""
+    before, behind = attributes["padding"][axis], attributes["padding"][axis + 2]
+    start = np.arange(n_windows) * attributes["stride"][axis] - before
+    stop = start + attributes["kernel"][axis]
+    if attributes["count_include_pad"]:
+        counted: npt.NDArray[Any] = np.minimum(stop, length + behind) - start
+    else:
+        counted = np.minimum(stop, length) - np.maximum(start, 0)
+    return counted
+
+
+def _elementwise(
+    function: Callable[[jax.Array, _Attributes], jax.Array],
+) -> _Operation:
+    return lambda attributes, operands, own: function(operands[0], attributes)
+
+
+_OPERATIONS: Mapping[str, _Operation] = {
+    "conv": _conv,
+    "fc": _fc,
+    "batch_norm": _batch_norm,
+    "lrn": _lrn,
+    "max_pool": _max_pool,
+    "average_pool": _average_pool,
+    "global_max_pool": _elementwise(lambda x, _: x.max((2, 3), keepdims=True)),
+    "global_average_pool": _elementwise(lambda x, _: x.mean((2, 3), keepdims=True)),
+    "relu": _elementwise(lambda x, _: jax.nn.relu(x)),
+    "leaky_relu": _elementwise(lambda x, a: jnp.where(x > 0, x, a["alpha"] * x)),
+    "clip": _elementwise(lambda x, a: jnp.clip(x, a["low"], a["high"])),
+    "sigmoid": _elementwise(lambda x, _: jax.nn.sigmoid(x)),
+    "tanh": _elementwise(lambda x, _: jnp.tanh(x)),
+    "hard_sigmoid": _elementwise(
+        lambda x, a: jnp.clip(a["alpha"] * x + a["beta"], 0, 1)
+    ),
+    "hard_swish": _elementwise(lambda x, _: x * jnp.clip(x / 6 + 0.5, 0, 1)),
+    "silu": _elementwise(lambda x, _: jax.nn.silu(x)),
+    "softmax": _elementwise(lambda x, _: jax.nn.softmax(x, axis=1)),
+    "add": lambda attributes, operands, own: sum(operands[1:], start=operands[0]),
+    "concat": lambda attributes, operands, own: jnp.concatenate(operands, axis=1),
+}

@@ -1,0 +1,175 @@
+"""Running a network: the engine's session behind a callable object."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcnn_py import _engine
+from qcnn_py.errors import ConfigError, ShapeError
+from qcnn_py.network import FloatArray, Network
+
+__all__ = ["Model", "available_isas", "load"]
+
+
+def available_isas() -> list[str]:
+    """Return the instruction-set levels this machine has, slowest first."""
+    return _engine.available_isas()
+
+
+def load(
+    path: str | PathLike[str],
+    precision: str = "fast",
+    isa: str | None = None,
+    threads: int = 1,
+) -> Model:
+    """Read a ``.qcnn`` file and plan it for this machine.
+
+    Parameters
+    ----------
+    path : path
+        The file.
+    precision, isa, threads
+        See :meth:`qcnn_py.Network.compile`.
+
+    Raises
+    ------
+    ModelFormatError
+        If the file is truncated, malformed or inconsistent.
+    ConfigError
+        If the precision or ISA is unknown or not available.
+    OSError
+        If the file cannot be read.
+    """
+    return Network.load(path).compile(precision=precision, isa=isa, threads=threads)
+
+
+class Model:
+    """A network planned for one machine; call it with a batch of images.
+
+    Made by :func:`load` or :meth:`Network.compile`. It may be used from
+    several threads at once.
+
+    Parameters
+    ----------
+    network : Network
+        What to run.
+    precision, isa, threads
+        See :meth:`Network.compile`.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        *,
+        precision: str = "fast",
+        isa: str | None = None,
+        threads: int = 1,
+    ) -> None:
+        if not isinstance(threads, int) or threads < 1:
+            raise ConfigError(f"threads is {threads!r}, expected an integer from 1")
+        self._network = network
+        self._threads = threads
+        self._session = _engine.Session(
+            network.to_json(), dict(network.tensors), precision, isa
+        )
+
+    @property
+    def network(self) -> Network:
+        """The network that this model runs."""
+        return self._network
+
+    @property
+    def input_shape(self) -> tuple[int | None, ...]:
+        """Shape of the input; ``None`` stands for the batch."""
+        return (None, *self._network.input_shape)
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        """Geometry, storage, cost and kernel of each layer with weights."""
+        kernels: Mapping[str, str] = self._session.kernels
+        return [
+            {**asdict(layer), "kernel_name": kernels[layer.name]}
+            for layer in self._network.layers
+        ]
+
+    @property
+    def isa(self) -> str:
+        """Instruction-set level in use."""
+        return self._session.isa
+
+    @property
+    def precision(self) -> str:
+        """Precision the model was compiled for."""
+        return self._session.precision
+
+    @property
+    def threads(self) -> int:
+        """Threads that share a batch."""
+        return self._threads
+
+    def __call__(self, x: npt.ArrayLike) -> FloatArray:
+        """Compute the network's output.
+
+        Parameters
+        ----------
+        x : array of float32, shape (N, C, H, W)
+            Preprocessed images; float64 is converted. N may be 0.
+
+        Returns
+        -------
+        ndarray of float32, shape (N, …)
+            The output value of each image.
+
+        Raises
+        ------
+        ShapeError
+            If the shape or dtype does not fit.
+        """
+        return self._session.run(self._images(x), self._threads)
+
+    def trace(self, x: npt.ArrayLike) -> dict[str, FloatArray]:
+        """Compute the response of every node.
+
+        Parameters
+        ----------
+        x : array of float32, shape (N, C, H, W)
+            Preprocessed images.
+
+        Returns
+        -------
+        dict of str to ndarray of float32, shape (N, …)
+            By node name, in the order of computation.
+        """
+        return self._session.trace(self._images(x))
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the network as a ``.qcnn`` file."""
+        self._network.save(path)
+
+    def _images(self, x: npt.ArrayLike) -> FloatArray:
+        images = np.asarray(x)
+        expected = self._network.input_shape
+        shown = ", ".join(map(str, ("N", *expected)))
+        if images.dtype.kind != "f":
+            raise ShapeError(
+                f"images have dtype {images.dtype}, expected float32 of shape ({shown})"
+            )
+        if images.ndim != len(expected) + 1 or images.shape[1:] != expected:
+            raise ShapeError(
+                f"images have shape {images.shape}, expected ({shown}); "
+                "a single image needs a leading axis of length 1"
+            )
+        return np.ascontiguousarray(images, dtype=np.float32)
+
+    def __repr__(self) -> str:
+        """Return a one-line summary."""
+        return (
+            f"<Model {self.input_shape} -> {self._network.shapes[self._network.output]}"
+            f", isa={self.isa}, precision={self.precision}, threads={self.threads}>"
+        )

@@ -1,0 +1,595 @@
+"""Networks as data: a graph of nodes and the tensors they use.
+
+A :class:`Network` is immutable in style: every method that changes something
+returns a new network that shares the untouched arrays. The engine checks each
+network once, when it is made, so a network that exists is well-formed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from os import PathLike, fspath
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from qcnn_py import _engine
+from qcnn_py.errors import ModelFormatError, ShapeError
+
+if TYPE_CHECKING:
+    from qcnn_py.model import Model
+
+__all__ = ["LayerInfo", "Network", "Node", "QuantizedWeights"]
+
+FloatArray = npt.NDArray[np.float32]
+CodeArray = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operation of a network.
+
+    Attributes
+    ----------
+    name : str
+        Unique name, also the name of the value the node computes.
+    op : str
+        Operation, ``"conv"``, ``"fc"``, ``"relu"`` … as listed in
+        ``docs/format.md``.
+    inputs : tuple of str
+        Names of the operands.
+    attributes : mapping
+        The operation's attributes, all of them, as plain JSON values.
+    """
+
+    name: str
+    op: str
+    inputs: tuple[str, ...]
+    attributes: Mapping[str, Any]
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the node's weights are product-quantised."""
+        weights = self.attributes.get("weights")
+        return weights is not None and weights["type"] == "product_quantized"
+
+    def with_attributes(self, **changes: Any) -> Node:
+        """Return the node with some attributes replaced."""
+        return replace(self, attributes={**self.attributes, **changes})
+
+
+@dataclass(frozen=True)
+class QuantizedWeights:
+    """Product-quantised weights of one layer.
+
+    Attributes
+    ----------
+    codebooks : ndarray of float32, shape (M, K, dsub) or (groups, M, K, dsub)
+        Codewords of each subspace, one set for all groups or one per group.
+        Where ``dsub`` does not divide the channels the last sub-vector is
+        padded with zeros.
+    codes : ndarray of uint8 or uint16
+        Which codeword each sub-vector uses: shape (C_out, kh, kw, M) for a
+        convolution, (C_out, M) for a fully connected layer.
+    bias : ndarray of float32, shape (C_out,), or None
+        Bias.
+    """
+
+    codebooks: FloatArray
+    codes: CodeArray
+    bias: FloatArray | None
+
+    def decode(self, channels: int) -> FloatArray:
+        """Return the dense weights the codes stand for.
+
+        Parameters
+        ----------
+        channels : int
+            Input channels of one group (convolution) or input features.
+
+        Returns
+        -------
+        ndarray of float32
+            Shape (C_out, channels, kh, kw) or (C_out, channels):
+            ``W[o, m * dsub + j, y, x] = codebooks[m, codes[o, y, x, m], j]``.
+        """
+        books = self.codebooks if self.codebooks.ndim == 4 else self.codebooks[None]
+        groups, n_subspaces, _, dsub = books.shape
+        codes = self.codes.reshape(groups, -1, n_subspaces)
+        group = np.arange(groups)[:, None, None]
+        subspace = np.arange(n_subspaces)
+        # (groups, outputs x positions, M, dsub) -> channels innermost.
+        vectors = books[group, subspace, codes]
+        flat = vectors.reshape(*self.codes.shape[:-1], n_subspaces * dsub)
+        weight = np.moveaxis(flat[..., :channels], -1, 1)
+        return np.ascontiguousarray(weight)
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """Geometry, storage and cost of one convolution or fully connected layer.
+
+    Operations are counted as in the paper, per image: a dense layer's
+    multiply-accumulates; a quantised layer's table building (multiplications
+    with real input channels only, not with padding) plus one addition per
+    look-up. ``bytes`` is what the layer's parameters take in a ``.qcnn`` file.
+    """
+
+    name: str
+    kind: str
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    groups: int
+    kernel: tuple[int, int]
+    quantized: bool
+    n_subspaces: int | None
+    n_centroids: int | None
+    subvector_dim: int | None
+    dense_bytes: int
+    bytes: int
+    dense_operations: int
+    operations: int
+
+    @property
+    def channels(self) -> int:
+        """Input channels of one group, or input features."""
+        return self.input_shape[0] // self.groups
+
+
+class Network:
+    """A convolutional network: nodes in topological order and their tensors.
+
+    Parameters
+    ----------
+    nodes : iterable of Node
+        Operations, operands before users.
+    tensors : mapping of str to array
+        ``<node>.weight``, ``<node>.bias``, ``<node>.codebooks``, … exactly
+        those that the nodes need. Floats are float32, codes unsigned.
+    input_shape : tuple of int
+        Shape of one image, (C, H, W) or (features,).
+    output : str, optional
+        Name of the value the network returns; the last node by default.
+    input_name : str
+        Name of the network's input.
+    metadata : mapping, optional
+        Free JSON: ``preprocessing``, ``class_names``, ``origin`` …
+
+    Raises
+    ------
+    ModelFormatError
+        If a node, attribute or tensor is missing, unknown or out of range.
+    ShapeError
+        If shapes do not fit.
+    """
+
+    def __init__(
+        self,
+        nodes: Iterable[Node],
+        tensors: Mapping[str, npt.ArrayLike],
+        input_shape: Iterable[int],
+        *,
+        output: str | None = None,
+        input_name: str = "input",
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        nodes = tuple(nodes)
+        if output is None:
+            output = nodes[-1].name if nodes else input_name
+        arrays = {name: _frozen(name, array) for name, array in tensors.items()}
+        graph = {
+            "input": {"name": input_name, "shape": [int(n) for n in input_shape]},
+            "nodes": [
+                {
+                    "name": node.name,
+                    "inputs": list(node.inputs),
+                    "op": {"type": node.op, **node.attributes},
+                }
+                for node in nodes
+            ],
+            "output": output,
+            "metadata": dict(metadata or {}),
+        }
+        canonical, shapes = _engine.check(_dump(graph), arrays)
+        self._set(json.loads(canonical), arrays, shapes)
+
+    def _set(
+        self,
+        graph: dict[str, Any],
+        arrays: Mapping[str, npt.NDArray[Any]],
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        self._graph = graph
+        self._tensors = MappingProxyType(dict(arrays))
+        self._shapes = MappingProxyType(dict(shapes))
+        self._nodes = tuple(
+            Node(
+                name=node["name"],
+                op=node["op"]["type"],
+                inputs=tuple(node["inputs"]),
+                attributes={k: v for k, v in node["op"].items() if k != "type"},
+            )
+            for node in graph["nodes"]
+        )
+        self._by_name = {node.name: node for node in self._nodes}
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Self:
+        """Read a ``.qcnn`` file.
+
+        Raises
+        ------
+        ModelFormatError
+            If the file is truncated, malformed or inconsistent.
+        OSError
+            If it cannot be read.
+        """
+        graph, arrays, shapes = _engine.read(fspath(path))
+        network = cls.__new__(cls)
+        frozen = {name: _frozen(name, array) for name, array in arrays.items()}
+        network._set(json.loads(graph), frozen, shapes)
+        return network
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write a ``.qcnn`` file, under a temporary name that is then renamed.
+
+        The same network always gives the same bytes.
+        """
+        _engine.write(fspath(path), self.to_json(), dict(self._tensors))
+
+    def to_json(self) -> str:
+        """Return the graph, without tensors, as in a ``.qcnn`` file."""
+        return _dump(self._graph)
+
+    def compile(
+        self, precision: str = "fast", isa: str | None = None, threads: int = 1
+    ) -> Model:
+        """Plan the network for this machine.
+
+        Parameters
+        ----------
+        precision : {"fast", "exact"}
+            ``exact`` computes tables and sums in float32; ``fast`` may use
+            16-bit tables where a kernel for them exists.
+        isa : str, optional
+            One of :func:`qcnn_py.available_isas`; the best one by default, or
+            the one named by the environment variable ``QCNN_ISA``.
+        threads : int
+            Threads that share a batch; a single image uses one.
+
+        Returns
+        -------
+        Model
+            Callable on batches of images.
+        """
+        from qcnn_py.model import Model
+
+        return Model(self, precision=precision, isa=isa, threads=threads)
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """Operations in topological order."""
+        return self._nodes
+
+    @property
+    def tensors(self) -> Mapping[str, npt.NDArray[Any]]:
+        """Read-only arrays by name."""
+        return self._tensors
+
+    @property
+    def input_name(self) -> str:
+        """Name of the network's input."""
+        name: str = self._graph["input"]["name"]
+        return name
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one image."""
+        return tuple(self._graph["input"]["shape"])
+
+    @property
+    def output(self) -> str:
+        """Name of the value the network returns."""
+        name: str = self._graph["output"]
+        return name
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Copy of the free-form metadata."""
+        copied: dict[str, Any] = json.loads(_dump(self._graph["metadata"]))
+        return copied
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Per-image shape of every value, the input included."""
+        return self._shapes
+
+    def node(self, name: str) -> Node:
+        """Return the node called `name`; ``KeyError`` if there is none."""
+        return self._by_name[name]
+
+    @property
+    def conv_layers(self) -> list[str]:
+        """Names of the convolutions, in order."""
+        return [node.name for node in self._nodes if node.op == "conv"]
+
+    @property
+    def fc_layers(self) -> list[str]:
+        """Names of the fully connected layers, in order."""
+        return [node.name for node in self._nodes if node.op == "fc"]
+
+    @property
+    def layers(self) -> list[LayerInfo]:
+        """Geometry, storage and cost of each layer with weights, in order."""
+        return [
+            self._layer_info(node) for node in self._nodes if node.op in ("conv", "fc")
+        ]
+
+    def _layer_info(self, node: Node) -> LayerInfo:
+        input_shape = self._shapes[node.inputs[0]]
+        output_shape = self._shapes[node.name]
+        conv = node.op == "conv"
+        groups = node.attributes["groups"] if conv else 1
+        kernel = tuple(node.attributes["kernel"]) if conv else (1, 1)
+        channels = input_shape[0] // groups
+        weights = output_shape[0] * prod(kernel) * channels
+        bias_bytes = 4 * output_shape[0] if node.attributes["bias"] else 0
+        positions = prod(output_shape[1:])
+        dense_bytes = 4 * weights + bias_bytes
+        dense_operations = positions * weights
+        common = {
+            "name": node.name,
+            "kind": node.op,
+            "input_shape": input_shape,
+            "output_shape": output_shape,
+            "groups": groups,
+            "kernel": kernel,
+            "quantized": node.quantized,
+            "dense_bytes": dense_bytes,
+            "dense_operations": dense_operations,
+        }
+        if not node.quantized:
+            return LayerInfo(
+                **common,
+                n_subspaces=None,
+                n_centroids=None,
+                subvector_dim=None,
+                bytes=dense_bytes,
+                operations=dense_operations,
+            )
+        pq = node.attributes["weights"]
+        n_subspaces, n_centroids = pq["n_subspaces"], pq["n_centroids"]
+        n_codes = output_shape[0] * prod(kernel) * n_subspaces
+        code_bits = max(1, (n_centroids - 1).bit_length())
+        codebook_bytes = 4 * pq["codebook_groups"] * n_centroids * channels
+        return LayerInfo(
+            **common,
+            n_subspaces=n_subspaces,
+            n_centroids=n_centroids,
+            subvector_dim=pq["subvector_dim"],
+            bytes=codebook_bytes + -(-n_codes * code_bits // 8) + bias_bytes,
+            operations=prod(input_shape) * n_centroids + positions * n_codes,
+        )
+
+    def replace(
+        self,
+        *,
+        nodes: Mapping[str, Node] | None = None,
+        tensors: Mapping[str, npt.ArrayLike | None] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Network:
+        """Return a network with some nodes, tensors or metadata replaced.
+
+        Parameters
+        ----------
+        nodes : mapping of str to Node, optional
+            New node for each name.
+        tensors : mapping of str to array or None, optional
+            New or changed tensors; ``None`` removes one.
+        metadata : mapping, optional
+            Entries added to the metadata.
+        """
+        changed = nodes or {}
+        arrays: dict[str, Any] = {**self._tensors, **(tensors or {})}
+        return Network(
+            [changed.get(node.name, node) for node in self._nodes],
+            {name: array for name, array in arrays.items() if array is not None},
+            self.input_shape,
+            output=self.output,
+            input_name=self.input_name,
+            metadata={**self._graph["metadata"], **(metadata or {})},
+        )
+
+    def with_quantized_layer(self, name: str, weights: QuantizedWeights) -> Network:
+        """Return the network with layer `name` product-quantised."""
+        codebooks, codes = weights.codebooks, weights.codes
+        books = codebooks if codebooks.ndim == 4 else codebooks[None]
+        pq = {
+            "type": "product_quantized",
+            "n_subspaces": books.shape[1],
+            "n_centroids": books.shape[2],
+            "subvector_dim": books.shape[3],
+            "codebook_groups": books.shape[0],
+        }
+        parts = {"weight": None, "codebooks": codebooks, "codes": codes}
+        return self._with_weights(name, pq, parts, weights.bias)
+
+    def with_dense_layer(
+        self, name: str, weight: FloatArray, bias: FloatArray | None
+    ) -> Network:
+        """Return the network with dense float32 weights in layer `name`."""
+        parts = {"weight": weight, "codebooks": None, "codes": None}
+        return self._with_weights(name, {"type": "dense"}, parts, bias)
+
+    def _with_weights(
+        self,
+        name: str,
+        weights: Mapping[str, Any],
+        parts: Mapping[str, npt.NDArray[Any] | None],
+        bias: FloatArray | None,
+    ) -> Network:
+        node = self.node(name).with_attributes(weights=weights, bias=bias is not None)
+        tensors = {f"{name}.{suffix}": array for suffix, array in parts.items()}
+        tensors[f"{name}.bias"] = bias
+        return self.replace(nodes={name: node}, tensors=tensors)
+
+    def quantized_weights(self, name: str) -> QuantizedWeights:
+        """Return codebooks, codes and bias of the quantised layer `name`."""
+        return QuantizedWeights(
+            codebooks=self._tensors[f"{name}.codebooks"],
+            codes=self._tensors[f"{name}.codes"],
+            bias=self._tensors.get(f"{name}.bias"),
+        )
+
+    def decoded(self) -> Network:
+        """Return the same network with every layer dense float32."""
+        network = self
+        for layer in self.layers:
+            if layer.quantized:
+                weights = self.quantized_weights(layer.name)
+                dense = weights.decode(layer.channels)
+                network = network.with_dense_layer(layer.name, dense, weights.bias)
+        return network
+
+    def truncated(self, output: str) -> Network:
+        """Return the part of the network that computes the value `output`."""
+        return self.subgraph(self.input_name, output)
+
+    def subgraph(self, start: str, output: str | None = None) -> Network:
+        """Return the part of the network between two values.
+
+        Parameters
+        ----------
+        start : str
+            Value that becomes the input.
+        output : str, optional
+            Value that becomes the output; the network's own by default.
+
+        Raises
+        ------
+        ShapeError
+            If `start` does not cut the graph: `output` also depends on
+            something before `start` in another way.
+        """
+        output = self.output if output is None else output
+        for value in (start, output):
+            if value not in self._shapes:
+                raise ShapeError(f"the network has no value called {value!r}")
+        needed = {output} - {start}
+        kept: list[Node] = []
+        for node in reversed(self._nodes):
+            if node.name in needed:
+                kept.append(node)
+                needed.remove(node.name)
+                needed.update(set(node.inputs) - {start})
+        if needed:
+            raise ShapeError(
+                f"value {start!r} does not cut the graph: {output!r} also depends "
+                f"on {', '.join(map(repr, sorted(needed)))}"
+            )
+        names = {node.name for node in kept}
+        return Network(
+            reversed(kept),
+            {k: v for k, v in self._tensors.items() if k.rsplit(".", 1)[0] in names},
+            self._shapes[start],
+            output=output,
+            input_name=start,
+            metadata=self._graph["metadata"],
+        )
+
+    def fold_batch_norms(self) -> Network:
+        """Return the network with batch normalisation folded into its layers.
+
+        A ``batch_norm`` node that alone uses the response of a dense
+        convolution or fully connected layer disappears into that layer's
+        weights and bias; others stay.
+        """
+        users: dict[str, list[str]] = {}
+        for node in self._nodes:
+            for value in node.inputs:
+                users.setdefault(value, []).append(node.name)
+        nodes = dict(self._by_name)
+        tensors: dict[str, Any] = dict(self._tensors)
+        renamed: dict[str, str] = {}
+        for norm in self._nodes:
+            layer = self._by_name.get(norm.inputs[0]) if norm.inputs else None
+            if (
+                norm.op != "batch_norm"
+                or layer is None
+                or layer.op not in ("conv", "fc")
+                or layer.quantized
+                or users[layer.name] != [norm.name]
+                or layer.name == self.output
+            ):
+                continue
+            scale, bias, mean, variance = (
+                tensors.pop(f"{norm.name}.{part}").astype(np.float64)
+                for part in ("scale", "bias", "mean", "variance")
+            )
+            factor = scale / np.sqrt(variance + norm.attributes["epsilon"])
+            weight = tensors[f"{layer.name}.weight"].astype(np.float64)
+            shaped = factor.reshape(-1, *[1] * (weight.ndim - 1))
+            old_bias = tensors.get(f"{layer.name}.bias", np.float32(0))
+            folded_bias = bias + (old_bias.astype(np.float64) - mean) * factor
+            tensors[f"{layer.name}.weight"] = (weight * shaped).astype(np.float32)
+            tensors[f"{layer.name}.bias"] = folded_bias.astype(np.float32)
+            nodes[layer.name] = layer.with_attributes(bias=True)
+            del nodes[norm.name]
+            renamed[norm.name] = layer.name
+        return Network(
+            [
+                replace(node, inputs=tuple(renamed.get(i, i) for i in node.inputs))
+                for node in nodes.values()
+            ],
+            tensors,
+            self.input_shape,
+            output=renamed.get(self.output, self.output),
+            input_name=self.input_name,
+            metadata=self._graph["metadata"],
+        )
+
+    def to_onnx(self, path: str | PathLike[str]) -> None:
+        """Write the network, weights decoded to dense float32, as ONNX.
+
+        Needs the package ``onnx`` (extra ``bench``).
+        """
+        from qcnn_py.onnx_export import to_onnx
+
+        to_onnx(self, path)
+
+    def __repr__(self) -> str:
+        """Return a one-line summary."""
+        layers = self.layers
+        quantized = sum(layer.quantized for layer in layers)
+        return (
+            f"<Network {self.input_shape} -> {self._shapes[self.output]}, "
+            f"{len(self._nodes)} nodes, {quantized} of {len(layers)} layers quantised>"
+        )
+
+
+def _dump(value: Any) -> str:
+    """JSON without NaN, which no JSON reader has to accept."""
+    try:
+        return json.dumps(value, allow_nan=False, separators=(",", ":"))
+    except (TypeError, ValueError) as error:
+        raise ModelFormatError(
+            f"attributes and metadata: {error}, expected plain finite JSON values"
+        ) from error
+
+
+def _frozen(name: str, array: npt.ArrayLike) -> npt.NDArray[Any]:
+    """Contiguous read-only view with a dtype the engine stores."""
+    data = np.ascontiguousarray(array)
+    if data.dtype not in (np.float32, np.uint8, np.uint16):
+        raise ShapeError(
+            f"tensor {name!r} has dtype {data.dtype}, "
+            "expected float32 (parameters), uint8 or uint16 (codes)"
+        )
+    view = data.view()
+    view.flags.writeable = False
+    return view

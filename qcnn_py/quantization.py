@@ -1,0 +1,479 @@
+"""Quantising the layers of a network, one after another.
+
+Each layer's codewords are chosen so that, fed by the layers quantised before it, it
+gives the responses that it gave in the original network.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from os import PathLike
+from typing import Any, Self, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from qcnn_py.artefacts import load_arrays, save_arrays
+from qcnn_py.config import LayerKind, LayerSettings, QuantizeConfig
+from qcnn_py.error_correction import CoordinateDescent
+from qcnn_py.errors import ConfigError, DatasetError, ModelFormatError
+from qcnn_py.network import FloatArray, LayerInfo, Network, QuantizedWeights
+from qcnn_py.product_quantizer import ProductQuantizer
+from qcnn_py.statistics import Array64, LayerGeometry, SecondMoments, draw_positions
+
+__all__ = [
+    "LayerMetrics",
+    "QuantizedLayer",
+    "apply_layers",
+    "collect_moments",
+    "quantize",
+    "quantize_from_moments",
+    "quantize_layer",
+]
+
+logger = logging.getLogger(__name__)
+
+Images = npt.NDArray[Any] | Iterable[npt.NDArray[Any]]
+
+# Images run through the networks at a time: as many as make matrix products of
+# the samples efficient, but their inputs and responses have to fit into memory.
+_MOST_IMAGES = 256
+_MOST_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class LayerMetrics:
+    """How well a quantised layer keeps its response on the calibration images.
+
+    Attributes
+    ----------
+    relative_error : float
+        ``||T - T_hat|| / ||T||``, Frobenius norms of the original responses ``T``
+        (with bias) and the quantised layer's ``T_hat`` over all samples.
+    kmeans_relative_error : float
+        The same for plain k-means on the weights with the original bias.
+    samples : int
+        Output positions of all images.
+    rounds : int
+        Rounds of coordinate descent.
+    objective : tuple of float
+        Damped squared response error before the first and after each round, as a
+        multiple of ``||T||^2``; empty for plain k-means.
+    """
+
+    relative_error: float
+    kmeans_relative_error: float
+    samples: int
+    rounds: int
+    objective: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """Outcome of quantising one layer.
+
+    Attributes
+    ----------
+    layer : str
+        The layer's name.
+    weights : QuantizedWeights
+        Codebooks, codes and bias.
+    settings : LayerSettings
+        Settings that were used.
+    seed : int
+        Seed that was used.
+    metrics : LayerMetrics
+        Response errors.
+    """
+
+    layer: str
+    weights: QuantizedWeights
+    settings: LayerSettings
+    seed: int
+    metrics: LayerMetrics
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the layer as a safetensors file; equal layers give equal bytes."""
+        tensors: dict[str, npt.NDArray[Any]] = {
+            "codebooks": self.weights.codebooks,
+            "codes": self.weights.codes,
+        }
+        if self.weights.bias is not None:
+            tensors["bias"] = self.weights.bias
+        metadata = {
+            "layer": self.layer,
+            "settings": self.settings.model_dump(mode="json"),
+            "seed": self.seed,
+            "metrics": asdict(self.metrics),
+        }
+        save_arrays(path, tensors, metadata)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Self:
+        """Read a layer that :meth:`save` wrote.
+
+        Raises
+        ------
+        ModelFormatError
+            If the file is malformed.
+        OSError
+            If it cannot be read.
+        """
+        tensors, metadata = load_arrays(path)
+        try:
+            metrics = metadata["metrics"]
+            return cls(
+                layer=metadata["layer"],
+                weights=QuantizedWeights(
+                    codebooks=tensors["codebooks"],
+                    codes=tensors["codes"],
+                    bias=tensors.get("bias"),
+                ),
+                settings=LayerSettings.from_mapping(metadata["settings"]),
+                seed=metadata["seed"],
+                metrics=LayerMetrics(
+                    **{**metrics, "objective": tuple(metrics["objective"])}
+                ),
+            )
+        except (ConfigError, KeyError, TypeError) as error:
+            raise ModelFormatError(
+                f"{path}: expected a quantised layer, got {error}"
+            ) from error
+
+
+def apply_layers(network: Network, paths: Iterable[str | PathLike[str]]) -> Network:
+    """Put quantised layers into a network.
+
+    Parameters
+    ----------
+    network : Network
+        The network they were made from.
+    paths : iterable of path
+        Files that :meth:`QuantizedLayer.save` wrote.
+
+    Raises
+    ------
+    ModelFormatError
+        If a file is malformed.
+    OSError
+        If it cannot be read.
+    ShapeError
+        If a layer does not fit the network.
+    """
+    for layer in map(QuantizedLayer.load, paths):
+        network = network.with_quantized_layer(layer.layer, layer.weights)
+    return network
+
+
+def quantize(
+    network: Network,
+    calibration: Images,
+    config: Mapping[str, Any] | QuantizeConfig,
+    seed: int = 0,
+) -> Network:
+    """Quantise the convolutions, then the fully connected layers, of a network.
+
+    Parameters
+    ----------
+    network : Network
+        Trained network. Layers that are quantised already stay as they are.
+    calibration : ndarray of float32, shape (N, C, H, W), or iterable of such batches
+        Preprocessed images, without labels. Of each layer's
+        ``calibration_images``, those that come first are used.
+    config : mapping or QuantizeConfig
+        Settings, as under ``quantize:`` in ``config.yaml``.
+    seed : int
+        Seed of all random choices.
+
+    Returns
+    -------
+    Network
+        The quantised network.
+
+    Raises
+    ------
+    ConfigError
+        If a setting is unknown, out of range or impossible for its layer.
+    DatasetError
+        If there are no calibration images, or responses to them are not finite.
+    ShapeError
+        If the images do not fit the network.
+    """
+    if isinstance(config, Mapping):
+        config = QuantizeConfig.from_mapping(config)
+    layers = network.layers
+    config.check_layers(layer.name for layer in layers)
+    chosen: list[tuple[str, LayerSettings]] = []
+    for layer in sorted(layers, key=lambda layer: layer.kind != "conv"):
+        kind = cast(LayerKind, layer.kind)
+        settings = config.resolve(layer.name, kind, layer == layers[-1])
+        if not settings.dense and not layer.quantized:
+            # All of them before the first one is quantised, which takes its time.
+            _check_settings(layer, settings)
+            chosen.append((layer.name, settings))
+    if not isinstance(calibration, np.ndarray):
+        calibration = list(calibration)
+    quantized = network
+    for name, settings in chosen:
+        result = quantize_layer(network, quantized, name, calibration, settings, seed)
+        quantized = quantized.with_quantized_layer(name, result.weights)
+    return quantized
+
+
+def quantize_layer(
+    original: Network,
+    quantized_prefix: Network,
+    layer: str,
+    images: Images,
+    settings: LayerSettings,
+    seed: int = 0,
+) -> QuantizedLayer:
+    """Quantise one layer.
+
+    Parameters
+    ----------
+    original : Network
+        Network whose responses are to be kept.
+    quantized_prefix : Network
+        The same network with all layers before `layer` as they will be; what comes
+        after does not matter.
+    layer : str
+        Name of a dense convolution or fully connected layer of `original`.
+    images : ndarray of float32, shape (N, C, H, W), or iterable of such batches
+        Preprocessed images; the first ``settings.calibration_images`` are used.
+    settings : LayerSettings
+        How to quantise.
+    seed : int
+        Seed of all random choices. Equal arguments give bit-identical results on
+        the same machine.
+
+    Returns
+    -------
+    QuantizedLayer
+        Codebooks, codes, bias and response errors.
+
+    Raises
+    ------
+    ConfigError
+        If a setting is impossible for the layer.
+    DatasetError
+        If there are no images, or responses to them are not finite.
+    ShapeError
+        If the images do not fit the network.
+    """
+    _check_settings(_dense_layer(original, layer), settings)
+    moments = collect_moments(original, quantized_prefix, layer, images, settings, seed)
+    return quantize_from_moments(original, layer, moments, settings, seed)
+
+
+def collect_moments(
+    original: Network,
+    quantized_prefix: Network,
+    layer: str,
+    images: Images,
+    settings: LayerSettings,
+    seed: int = 0,
+) -> SecondMoments:
+    """Gather the second moments of one layer in one pass over the images.
+
+    The moments of several sets of images, each with its own seed, may be merged.
+
+    Parameters
+    ----------
+    original, quantized_prefix, layer, images, settings, seed
+        See :func:`quantize_layer`.
+
+    Returns
+    -------
+    SecondMoments
+        Moments of the layer's inputs in `quantized_prefix` and of its responses in
+        `original`.
+    """
+    node = original.node(layer)
+    source = node.inputs[0]
+    teacher = original.truncated(layer).compile(precision="exact")
+    student = None
+    if source != original.input_name:
+        student = quantized_prefix.truncated(source).compile(precision="exact")
+    geometry = LayerGeometry.of(node)
+    shape = original.shapes[layer]
+    weight = original.tensors[f"{layer}.weight"]
+    moments = SecondMoments(
+        geometry.groups, prod(weight.shape[1:]), shape[0] // geometry.groups
+    )
+    random = np.random.default_rng(seed)
+    n_positions = prod(shape[1:])
+    n_drawn = settings.positions_per_image or n_positions
+    values = prod(original.input_shape) + prod(original.shapes[source]) + prod(shape)
+    batch_size = max(1, min(_MOST_IMAGES, _MOST_BYTES // (4 * values)))
+    for batch in _batches(images, settings.calibration_images, batch_size):
+        targets = teacher(batch)
+        inputs = batch if student is None else student(batch)
+        positions = None
+        if n_drawn < n_positions:
+            positions = draw_positions(random, len(batch), n_positions, n_drawn)
+        moments.add_images(inputs, targets, geometry, positions)
+    return moments
+
+
+def quantize_from_moments(
+    original: Network,
+    layer: str,
+    moments: SecondMoments,
+    settings: LayerSettings,
+    seed: int = 0,
+) -> QuantizedLayer:
+    """Quantise one layer whose second moments are known.
+
+    Parameters
+    ----------
+    original, layer, settings, seed
+        See :func:`quantize_layer`.
+    moments : SecondMoments
+        What :func:`collect_moments` returned, for all images.
+
+    Returns
+    -------
+    QuantizedLayer
+        Codebooks, codes, bias and response errors.
+    """
+    info = _dense_layer(original, layer)
+    _check_settings(info, settings)
+    if moments.count == 0:
+        raise DatasetError("calibration images: got none, expected at least one")
+    weight = original.tensors[f"{layer}.weight"]
+    bias = original.tensors.get(f"{layer}.bias")
+    group_bias = np.zeros((info.groups, info.output_shape[0] // info.groups))
+    if bias is not None:
+        group_bias += bias.reshape(group_bias.shape)
+
+    weights = _cluster_weights(weight, info, settings, seed)
+    columns = _columns(weights.decode(info.channels), info.groups)
+    kmeans_relative_error = moments.relative_error(columns, group_bias)
+    objective: list[float] = []
+    if settings.method == "bcd":
+        descent = CoordinateDescent(
+            moments.error_with_best_bias()
+            if settings.bias_correction
+            else moments.error_with_bias(group_bias),
+            _columns(weight, info.groups),
+            n_positions=prod(info.kernel),
+            n_centroids=settings.n_centroids,
+            subvector_dim=settings.subvector_dim,
+            shared=settings.codebook_groups == "shared",
+            damping=settings.damping,
+        )
+        descent.seed(settings.kmeans_restarts, seed)
+        objective = descent.run(settings.max_rounds, settings.tolerance)
+        weights = _pack(descent.codebooks, descent.codes, weight.shape)
+        columns = _columns(weights.decode(info.channels), info.groups)
+    if settings.bias_correction:
+        bias = moments.best_bias(columns).astype(np.float32).reshape(-1)
+        group_bias = bias.reshape(group_bias.shape).astype(np.float64)
+    metrics = LayerMetrics(
+        relative_error=moments.relative_error(columns, group_bias),
+        kmeans_relative_error=kmeans_relative_error,
+        samples=moments.count,
+        rounds=max(0, len(objective) - 1),
+        objective=tuple(
+            value / (moments.sum_squared_targets or 1.0) for value in objective
+        ),
+    )
+    logger.info(
+        "%s: relative response error %.4g (plain k-means %.4g), %d rounds",
+        layer,
+        metrics.relative_error,
+        metrics.kmeans_relative_error,
+        metrics.rounds,
+    )
+    return QuantizedLayer(
+        layer=layer,
+        weights=replace(weights, bias=bias),
+        settings=settings,
+        seed=seed,
+        metrics=metrics,
+    )
+
+
+def _dense_layer(network: Network, name: str) -> LayerInfo:
+    layers = {layer.name: layer for layer in network.layers}
+    if name not in layers:
+        raise ConfigError(
+            f"layer is {name!r}, expected one of {', '.join(map(repr, layers))}"
+        )
+    if layers[name].quantized:
+        raise ConfigError(f"layer {name!r} is quantised already, expected a dense one")
+    return layers[name]
+
+
+def _check_settings(layer: LayerInfo, settings: LayerSettings) -> None:
+    n_vectors = layer.output_shape[0] * prod(layer.kernel)
+    if settings.codebook_groups == "per_group":
+        n_vectors //= layer.groups
+    if settings.n_centroids > n_vectors:
+        raise ConfigError(
+            f"quantize.layers.{layer.name}.n_centroids: got {settings.n_centroids}, "
+            f"expected at most {n_vectors}, the number of sub-vectors that share a "
+            "codebook"
+        )
+
+
+def _batches(images: Images, limit: int, size: int) -> Iterator[FloatArray]:
+    """Yield the first `limit` images, those of an array in batches of `size`."""
+    if isinstance(images, np.ndarray):
+        array = images[:limit]
+        images = (array[i : i + size] for i in range(0, len(array), size))
+    for batch in images:
+        yield batch[:limit]
+        limit -= len(batch)
+        if limit <= 0:
+            return
+
+
+def _cluster_weights(
+    weight: FloatArray, layer: LayerInfo, settings: LayerSettings, seed: int
+) -> QuantizedWeights:
+    """Quantise weights by plain k-means."""
+    # (groups, outputs of a group, kernel positions, channels)
+    vectors = weight.reshape(layer.groups, -1, layer.channels, prod(layer.kernel))
+    vectors = vectors.swapaxes(2, 3)
+    n_sets = 1 if settings.codebook_groups == "shared" else layer.groups
+    quantizers = [
+        ProductQuantizer(
+            settings.n_centroids,
+            settings.subvector_dim,
+            n_init=settings.kmeans_restarts,
+            random_state=seed,
+        ).fit(part)
+        for part in vectors.reshape(n_sets, -1, layer.channels)
+    ]
+    return _pack(
+        np.stack([quantizer.codebooks_ for quantizer in quantizers]),
+        np.stack([quantizer.codes_ for quantizer in quantizers]),
+        weight.shape,
+    )
+
+
+def _columns(weight: FloatArray, groups: int) -> Array64:
+    """Weights as float64 of shape (groups, inputs of an output, outputs)."""
+    rows = weight.reshape(groups, weight.shape[0] // groups, -1)
+    return rows.swapaxes(1, 2).astype(np.float64)
+
+
+def _pack(
+    codebooks: Array64, codes: npt.NDArray[Any], shape: tuple[int, ...]
+) -> QuantizedWeights:
+    """Bring codebooks (sets, M, K, dsub) and codes (..., M) into the stored form."""
+    n_sets, n_subspaces, n_centroids, _ = codebooks.shape
+    books = codebooks if n_sets > 1 else codebooks[0]
+    stored = codes.reshape(shape[0], *shape[2:], n_subspaces)
+    return QuantizedWeights(
+        codebooks=books.astype(np.float32),
+        codes=(
+            stored.astype(np.uint8) if n_centroids <= 256 else stored.astype(np.uint16)
+        ),
+        bias=None,
+    )

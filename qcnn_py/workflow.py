@@ -1,0 +1,180 @@
+"""What the rules and scripts of the Snakemake workflow share."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from qcnn_py.config import LayerNames
+from qcnn_py.errors import ModelFormatError, QcnnError
+
+_PACKAGE = Path(__file__).parent
+
+# Modules that cannot change what a stage computes: settings reach the stages as
+# parameters of their rules, which Snakemake compares by itself.
+_WITHOUT_EFFECT = frozenset({"config", "dataset_config", "errors", "workflow"})
+
+# Files beside the modules that a module reads.
+_ASSETS = {"report_page": "report_assets"}
+
+logger = logging.getLogger(__name__)
+
+
+def code_fingerprint(script: str | os.PathLike[str]) -> str:
+    """Return a hash of the code that a script runs.
+
+    It covers the script, :func:`modules_of` it with the files they bring and the
+    built engine if one of them uses it. Comments, docstrings and layout do not count.
+
+    Parameters
+    ----------
+    script : path
+        A Python file.
+    """
+    digest = hashlib.sha256(_normalized(Path(script)).encode())
+    for name in modules_of(script):
+        digest.update(_module_content(name))
+    return digest.hexdigest()[:16]
+
+
+def modules_of(script: str | os.PathLike[str]) -> list[str]:
+    """Return the modules of this package that a script imports, directly or not.
+
+    Those that cannot change what a stage computes are left out.
+    """
+    names = list(_imports(Path(script)))
+    found: set[str] = set()
+    while names:
+        name = names.pop()
+        if name in found or name in _WITHOUT_EFFECT:
+            continue
+        found.add(name)
+        if (source := _PACKAGE / f"{name}.py").exists():
+            names += _imports(source)
+    return sorted(found)
+
+
+@contextmanager
+def reporting(log: str | os.PathLike[str]) -> Iterator[None]:
+    """Run a stage: log to a file, end an expected error with one line.
+
+    On a terminal the log is also shown as it grows.
+
+    A :class:`~qcnn_py.errors.QcnnError` or ``OSError`` is written to the log and to
+    stderr without a traceback and ends the process with exit code 1. The log keeps
+    the traceback of any other exception.
+    """
+    # One job, one thread: what a reduction adds up first must not depend on the
+    # cores that happen to be free. XLA sizes its thread pool by this when JAX starts
+    # its first computation; Snakemake limits the threads of BLAS.
+    os.environ["NPROC"] = "1"
+    on_terminal = sys.stderr.isatty()
+    handlers: list[logging.Handler] = [logging.FileHandler(log, mode="w")]
+    if on_terminal:
+        handlers.append(logging.StreamHandler())
+    logging.basicConfig(
+        handlers=handlers,
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        force=True,
+    )
+    logging.captureWarnings(True)
+    try:
+        yield
+    except (QcnnError, OSError) as error:
+        logger.error("%s", error)
+        if not on_terminal:
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except Exception:
+        logger.exception("unexpected error")
+        raise
+
+
+def read_layer_names(path: str | os.PathLike[str]) -> LayerNames:
+    """Return names and kinds of the conv and fc layers of a ``.qcnn`` file.
+
+    Only the header of the file is read.
+
+    Raises
+    ------
+    ModelFormatError
+        If the file is no ``.qcnn`` file.
+    OSError
+        If it cannot be read.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            graph = json.loads(file.metadata()["qcnn"])["graph"]
+        return [
+            (node["name"], node["op"]["type"])
+            for node in graph["nodes"]
+            if node["op"]["type"] in ("conv", "fc")
+        ]
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ModelFormatError(f"{path}: expected a .qcnn file, got {error}") from error
+
+
+@cache
+def _module_content(name: str) -> bytes:
+    source = _PACKAGE / f"{name}.py"
+    content = _normalized(source).encode() if source.exists() else b""
+    libraries = [
+        path for path in _PACKAGE.glob(f"{name}.*") if path.suffix in (".so", ".pyd")
+    ]
+    assets = _PACKAGE.glob(f"{_ASSETS[name]}/*") if name in _ASSETS else []
+    for path in (*libraries, *sorted(assets)):
+        content += hashlib.sha256(path.read_bytes()).digest()
+    return content
+
+
+@cache
+def _parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text("utf-8"), str(path))
+
+
+@cache
+def _normalized(path: Path) -> str:
+    """Return the source without comments, docstrings and layout."""
+    return ast.unparse(_WithoutDocstrings().visit(_parse(path)))
+
+
+class _WithoutDocstrings(ast.NodeTransformer):
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        """Remove a string that stands alone: it does nothing."""
+        text = isinstance(node.value, ast.Constant) and isinstance(
+            node.value.value, str
+        )
+        return None if text else node
+
+
+def _module(name: str) -> str:
+    """Return `name` if it is a module of this package, else where it comes from."""
+    return name if any(_PACKAGE.glob(f"{name}.*")) else "__init__"
+
+
+@cache
+def _imports(path: Path) -> frozenset[str]:
+    """Return the names of this package's modules that a file imports anywhere."""
+    names: set[str] = set()
+    for node in ast.walk(_parse(path)):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            full_names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            full_names = [alias.name for alias in node.names]
+        else:
+            continue
+        for package, _, rest in (name.partition(".") for name in full_names):
+            if package == __package__:
+                names.add(_module(rest.partition(".")[0]))
+    return frozenset(names)
