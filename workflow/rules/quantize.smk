@@ -1,0 +1,87 @@
+# One job per layer. Each sees the responses of the layers quantised before it, so
+# the jobs of a kind form a chain.
+
+
+rule quantize_conv_layer:
+    input:
+        dataset=rules.prepare_dataset.output.dataset,
+        network=rules.prepare_network.output.network,
+        previous=previous_conv_layers,
+    output:
+        layer=f"{REPLICATE}/quantized/{{layer}}.safetensors",
+    log:
+        f"{RUN}/logs/{{replicate}}/quantize_conv_layer.{{layer}}.log",
+    benchmark:
+        f"{REPLICATE}/timings/quantize_conv_layer.{{layer}}.tsv"
+    conda:
+        "../envs/qcnn.yaml"
+    params:
+        layer=layer_name,
+        settings=layer_settings,
+        seed=replicate_seed,
+        code=code_of("quantize_conv_layer"),
+    message:
+        "{wildcards.run}/{wildcards.replicate}: quantising {params.layer}"
+    script:
+        "../scripts/quantize_conv_layer.py"
+
+
+rule requantize_fc_layer:
+    input:
+        dataset=rules.prepare_dataset.output.dataset,
+        network=f"{REPLICATE}/finetuned.qcnn",
+        previous=previous_fc_layers,
+    output:
+        layer=f"{REPLICATE}/requantized/{{layer}}.safetensors",
+    log:
+        f"{RUN}/logs/{{replicate}}/requantize_fc_layer.{{layer}}.log",
+    benchmark:
+        f"{REPLICATE}/timings/requantize_fc_layer.{{layer}}.tsv"
+    conda:
+        "../envs/qcnn.yaml"
+    params:
+        layer=layer_name,
+        settings=layer_settings,
+        seed=replicate_seed,
+        code=code_of("requantize_fc_layer"),
+    message:
+        "{wildcards.run}/{wildcards.replicate}: quantising {params.layer}"
+    script:
+        "../scripts/requantize_fc_layer.py"
+
+
+rule assemble_model:
+    input:
+        network=f"{REPLICATE}/finetuned.qcnn",
+        layers=requantized_fc_layers,
+    output:
+        model=f"{REPLICATE}/model.qcnn",
+    log:
+        f"{RUN}/logs/{{replicate}}/assemble_model.log",
+    conda:
+        "../envs/qcnn.yaml"
+    params:
+        code=code_of("assemble_model"),
+    message:
+        "{wildcards.run}/{wildcards.replicate}: assembling the model"
+    script:
+        "../scripts/assemble_model.py"
+
+
+rule publish_model:
+    input:
+        model=f"{RUN}/replicates/0/model.qcnn",
+    output:
+        model=f"{RUN}/model.qcnn",
+    log:
+        f"{RUN}/logs/publish_model.log",
+    wildcard_constraints:
+        run=one_of(runs_of_kind("pipeline")),
+    conda:
+        "../envs/qcnn.yaml"
+    params:
+        code=code_of("publish_model"),
+    message:
+        "{wildcards.run}: the first replicate's model becomes the run's"
+    script:
+        "../scripts/publish_model.py"

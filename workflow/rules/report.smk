@@ -1,0 +1,54 @@
+# report.json and report.html.
+
+
+rule report_pipeline:
+    input:
+        evaluations=evaluations,
+        histories=finetuning_histories,
+        layers=all_quantized_layers,
+        timings=timings,
+        dataset=f"{RUN}/replicates/0/dataset.safetensors",
+        network=f"{RUN}/replicates/0/network.qcnn",
+        model=f"{RUN}/model.qcnn",
+        benchmark=rules.benchmark_model.output.benchmark,
+    output:
+        json=f"{RUN}/report.json",
+        html=f"{RUN}/report.html",
+    log:
+        f"{RUN}/logs/report_pipeline.log",
+    wildcard_constraints:
+        run=one_of(runs_of_kind("pipeline")),
+    conda:
+        "../envs/qcnn.yaml"
+    params:
+        config=run_settings,
+        code=code_of("report_pipeline"),
+    message:
+        "{wildcards.run}: report"
+    script:
+        "../scripts/report_pipeline.py"
+
+
+rule report_speed:
+    input:
+        timings=[
+            f"{RUN}/timings/draw_network.tsv",
+            f"{RUN}/timings/benchmark_model.tsv",
+        ],
+        benchmark=rules.benchmark_model.output.benchmark,
+    output:
+        json=f"{RUN}/report.json",
+        html=f"{RUN}/report.html",
+    log:
+        f"{RUN}/logs/report_speed.log",
+    wildcard_constraints:
+        run=one_of(runs_of_kind("speed")),
+    conda:
+        "../envs/qcnn.yaml"
+    params:
+        config=run_settings,
+        code=code_of("report_speed"),
+    message:
+        "{wildcards.run}: report"
+    script:
+        "../scripts/report_speed.py"

@@ -1,0 +1,13 @@
+"""Draw the parameters of a network that is only timed."""
+
+from qcnn_py.architectures import alexnet_drawn
+from qcnn_py.config import LayerSettings
+from qcnn_py.workflow import reporting
+
+with reporting(snakemake.log[0]):
+    settings = {
+        name: LayerSettings.from_mapping(layer)
+        for name, layer in snakemake.params.layers.items()
+    }
+    network = alexnet_drawn(settings, snakemake.params.seed)
+    network.save(snakemake.output.model)

@@ -1,0 +1,20 @@
+"""Measure the accuracy after each stage on the test images."""
+
+from qcnn_py.artefacts import save_json
+from qcnn_py.datasets import Dataset
+from qcnn_py.evaluation import evaluate
+from qcnn_py.network import Network
+from qcnn_py.quantization import apply_layers
+from qcnn_py.workflow import reporting
+
+with reporting(snakemake.log[0]):
+    dataset = Dataset.load(snakemake.input.dataset)
+    original = Network.load(snakemake.input.original)
+    networks = {
+        "original": original,
+        "conv_quantized": apply_layers(original, snakemake.input.layers),
+        "finetuned": Network.load(snakemake.input.finetuned),
+        "final": Network.load(snakemake.input.final),
+    }
+    results = {stage: evaluate(network, dataset) for stage, network in networks.items()}
+    save_json(snakemake.output.evaluation, {"stages": results})

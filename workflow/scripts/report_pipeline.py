@@ -1,0 +1,24 @@
+"""Write the report of a run that quantises a network on images."""
+
+from pathlib import Path
+
+from qcnn_py.report import build_pipeline_report
+from qcnn_py.workflow import reporting
+
+with reporting(snakemake.log[0]):
+    build_pipeline_report(
+        run=snakemake.wildcards.run,
+        config=snakemake.params.config,
+        command=f"snakemake --cores 1 {snakemake.output.html}",
+        evaluations=snakemake.input.evaluations,
+        histories=snakemake.input.histories,
+        layers=snakemake.input.layers,
+        timings=snakemake.input.timings,
+        dataset=snakemake.input.dataset,
+        network=snakemake.input.network,
+        model=snakemake.input.model,
+        benchmark=snakemake.input.benchmark,
+        schema=Path(snakemake.scriptdir).parent / "schemas" / "report.schema.json",
+        json_path=snakemake.output.json,
+        html_path=snakemake.output.html,
+    )
