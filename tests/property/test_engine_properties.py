@@ -1,0 +1,52 @@
+"""Random graphs: the engine against the oracle."""
+
+import numpy as np
+from graph_strategies import agree, networks
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy_executor import execute
+from random_networks import NetworkBuilder
+
+import qcnn_py
+
+ISAS = qcnn_py.available_isas()
+
+
+@given(networks(), st.integers(1, 4), st.sampled_from(ISAS))
+def test_engine_agrees_with_oracle(builder: NetworkBuilder, n: int, isa: str) -> None:
+    network, images = builder.build(), builder.images(n)
+    expected = execute(network, images)
+    traced = network.compile(precision="exact", isa=isa).trace(images)
+    assert dict(network.shapes) == {k: v.shape[1:] for k, v in expected.items()}
+    wrong = [k for k, v in traced.items() if not agree(v, expected[k], 1e-5)]
+    assert not wrong
+
+
+@given(networks(), st.integers(0, 9), st.integers(2, 4), st.sampled_from(ISAS))
+def test_trace_threads_and_batches_give_the_same_bits(
+    builder: NetworkBuilder, n: int, threads: int, isa: str
+) -> None:
+    network, images = builder.build(), builder.images(n)
+    model = network.compile(precision="exact", isa=isa)
+    output = model(images)
+    several = network.compile(precision="exact", isa=isa, threads=threads)
+    np.testing.assert_array_equal(several(images), output)
+    np.testing.assert_array_equal(model.trace(images)[network.output], output)
+    for i in range(n):
+        np.testing.assert_array_equal(model(images[i : i + 1]), output[i : i + 1])
+
+
+@given(networks())
+def test_decoding_keeps_the_function(builder: NetworkBuilder) -> None:
+    network, images = builder.build(), builder.images(2)
+    quantized = network.compile(precision="exact")(images)
+    dense = network.decoded().compile(precision="exact")(images)
+    assert agree(quantized, dense, 1e-5)
+
+
+@given(networks())
+def test_folding_batch_norms_keeps_the_function(builder: NetworkBuilder) -> None:
+    network, images = builder.build(), builder.images(2)
+    expected = execute(network, images)[network.output]
+    folded = network.fold_batch_norms()
+    assert agree(folded.compile(precision="exact")(images), expected, 1e-4)

@@ -1,0 +1,159 @@
+"""Hypothesis strategies for random networks."""
+
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+from random_networks import NetworkBuilder, Quantized
+
+UNARY: dict[str, dict[str, Any]] = {
+    "relu": {},
+    "leaky_relu": {"alpha": 0.2},
+    "clip": {"low": -1.0, "high": 1.5},
+    "sigmoid": {},
+    "tanh": {},
+    "hard_sigmoid": {"alpha": 0.2, "beta": 0.5},
+    "hard_swish": {},
+    "silu": {},
+    "softmax": {},
+    "flatten": {},
+    "dropout": {"rate": 0.25},
+}
+
+small = st.integers(1, 3)
+
+
+@st.composite
+def quantizations(draw: st.DrawFn) -> Quantized | None:
+    """Draw how a layer is stored: dense, or a setting of its codes."""
+    if draw(st.booleans()):
+        return None
+    return Quantized(
+        n_centroids=draw(st.sampled_from([1, 2, 3, 16, 31, 64, 256, 257])),
+        # Long sub-vectors too: without them the engine would decode, not look up.
+        subvector_dim=draw(st.integers(1, 16)),
+        per_group=draw(st.booleans()),
+    )
+
+
+@st.composite
+def paddings(draw: st.DrawFn, kernel: tuple[int, int], limit: int) -> list[int]:
+    """Draw ``[top, left, bottom, right]``, below the kernel for pooling."""
+    height, width = (min(limit, k) for k in kernel)
+    sides = [height, width, height, width]
+    return [draw(st.integers(0, side - 1)) for side in sides]
+
+
+def _fits(shape: tuple[int, ...], padding: list[int], span: tuple[int, int]) -> bool:
+    top, left, bottom, right = padding
+    return shape[1] + top + bottom >= span[0] and shape[2] + left + right >= span[1]
+
+
+@st.composite
+def networks(
+    draw: st.DrawFn, max_nodes: int = 5, max_extent: int = 12
+) -> NetworkBuilder:
+    """Draw a builder filled with up to `max_nodes` operations."""
+    extents = st.integers(1, max_extent)
+    shape = (draw(st.integers(1, 24)), draw(extents), draw(extents))
+    builder = NetworkBuilder(shape, seed=draw(st.integers(0, 2**32 - 1)))
+    values = ["input"]
+    for _ in range(draw(st.integers(1, max_nodes))):
+        _append(draw, builder, draw(st.sampled_from(values)))
+        values = ["input", *(node.name for node in builder.nodes)]
+    return builder
+
+
+def _append(draw: st.DrawFn, builder: NetworkBuilder, source: str) -> None:
+    """Append one operation that `source` allows, with drawn attributes."""
+    shape = builder.shape(source)
+    kinds = ["fc", "unary", "batch_norm", "add", "concat", "reshape"]
+    if len(shape) == 3:
+        kinds += ["conv"] * 4 + ["pool"] * 2 + ["global", "lrn"]
+    match draw(st.sampled_from(kinds)):
+        case "fc":
+            builder.fc(
+                draw(st.integers(1, 20)),
+                source,
+                bias=draw(st.booleans()),
+                quantized=draw(quantizations()),
+            )
+        case "unary":
+            op = draw(st.sampled_from(sorted(UNARY)))
+            builder.add(op, source, **UNARY[op])
+        case "batch_norm":
+            builder.batch_norm(source)
+        case "add":
+            builder.add("add", *[source] * draw(st.integers(2, 3)))
+        case "concat":
+            builder.add("concat", *[source] * draw(st.integers(2, 3)))
+        case "reshape":
+            channels, *pixels = shape if len(shape) == 3 else (1, *shape, 1)
+            builder.add("reshape", source, shape=[channels, *reversed(pixels)])
+        case "conv":
+            _append_conv(draw, builder, source)
+        case "pool":
+            kernel = (draw(small), draw(small))
+            padding = draw(paddings(kernel, 3))
+            if not _fits(shape, padding, kernel):
+                kernel, padding = (1, 1), [0, 0, 0, 0]
+            average = draw(st.booleans())
+            counted = {"count_include_pad": draw(st.booleans())} if average else {}
+            builder.pool(
+                "average_pool" if average else "max_pool",
+                kernel,
+                source,
+                stride=(draw(small), draw(small)),
+                padding=padding,
+                ceil_mode=draw(st.booleans()),
+                **counted,
+            )
+        case "global":
+            builder.add(
+                draw(st.sampled_from(["global_average_pool", "global_max_pool"])),
+                source,
+            )
+        case "lrn":
+            builder.add(
+                "lrn",
+                source,
+                size=draw(st.integers(1, 7)),
+                alpha=draw(st.sampled_from([1e-4, 0.5])),
+                beta=draw(st.sampled_from([0.5, 0.75, 1.0])),
+                bias=draw(st.sampled_from([1.0, 2.0])),
+            )
+
+
+def _append_conv(draw: st.DrawFn, builder: NetworkBuilder, source: str) -> None:
+    shape = builder.shape(source)
+    divisors = [n for n in range(1, shape[0] + 1) if shape[0] % n == 0]
+    groups = draw(st.sampled_from(divisors))
+    kernel = (draw(st.integers(1, 5)), draw(st.integers(1, 5)))
+    dilation = (draw(small), draw(small))
+    padding = draw(paddings((4, 4), 4))
+    span = tuple(d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True))
+    if not _fits(shape, padding, span):
+        kernel, dilation = (1, 1), (1, 1)
+    builder.conv(
+        groups * draw(st.integers(1, max(1, 64 // groups))),
+        kernel,
+        source,
+        stride=(draw(st.integers(1, 4)), draw(st.integers(1, 4))),
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        bias=draw(st.booleans()),
+        quantized=draw(quantizations()),
+    )
+
+
+def agree(actual: np.ndarray, expected: np.ndarray, tolerance: float) -> bool:
+    """Whether two values agree relative to the larger of 1 and the expected maximum.
+
+    Responses of the random networks are of the order of one; where all of them
+    happen to cancel, what counts is the size of what was summed.
+    """
+    if actual.shape != expected.shape:
+        return False
+    scale = max(1.0, float(np.abs(expected).max(initial=0)))
+    return bool(np.abs(actual - expected).max(initial=0) <= tolerance * scale)

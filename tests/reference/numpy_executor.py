@@ -1,0 +1,253 @@
+"""The oracle: every operation of the graph in plain float64 NumPy.
+
+Written to be read and believed, not to be fast: one function per operation,
+convolutions as a sum over kernel positions, pooling as a loop over windows,
+product-quantised weights decoded by indexing. Nothing of the engine or of the
+package is used, so agreement means that two independent readings of the
+specification agree.
+
+A network is anything with ``nodes``, ``tensors``, ``input_name`` and ``output``
+as :class:`qcnn_py.Network` has them. Batches are ``(N, C, H, W)`` or ``(N, F)``.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray
+Attributes = Mapping[str, Any]
+Parameters = Mapping[str, Array]
+
+
+def execute(network: Any, x: Array) -> dict[str, Array]:
+    """Every value of the network for the batch ``x``, in float64, by name."""
+    values = {network.input_name: np.asarray(x, dtype=np.float64)}
+    # Infinities and NaN are legitimate inputs here; what becomes of them is tested.
+    with np.errstate(all="ignore"):
+        for node in network.nodes:
+            prefix = f"{node.name}."
+            parameters = {
+                key.removeprefix(prefix): tensor
+                for key, tensor in network.tensors.items()
+                if key.startswith(prefix)
+            }
+            inputs = [values[name] for name in node.inputs]
+            values[node.name] = OPERATIONS[node.op](inputs, node.attributes, parameters)
+    return values
+
+
+def decode_conv(codebooks: Array, codes: Array, channels: int) -> Array:
+    """Dense ``(C_out, channels, kh, kw)`` of codes ``(C_out, kh, kw, M)``.
+
+    ``codebooks`` is ``(M, K, dsub)``, or ``(groups, M, K, dsub)`` where every
+    group of output channels has its own. ``channels`` are those of one group.
+    """
+    n_out, height, width, n_subspaces = codes.shape
+    per_group = codebooks if codebooks.ndim == 4 else codebooks[None]
+    group_size = n_out // len(per_group)
+    dsub = per_group.shape[-1]
+    weight = np.zeros((n_out, n_subspaces * dsub, height, width))
+    for o in range(n_out):
+        for y in range(height):
+            for x in range(width):
+                for m in range(n_subspaces):
+                    codeword = per_group[o // group_size, m, codes[o, y, x, m]]
+                    weight[o, m * dsub : (m + 1) * dsub, y, x] = codeword
+    return weight[:, :channels]
+
+
+def decode_fc(codebooks: Array, codes: Array, features: int) -> Array:
+    """Dense ``(C_out, features)`` of codes ``(C_out, M)``."""
+    return decode_conv(codebooks, codes[:, None, None, :], features)[:, :, 0, 0]
+
+
+def _conv(inputs: list[Array], a: Attributes, p: Parameters) -> Array:
+    (x,) = inputs
+    n, channels, height, width = x.shape
+    kernel_h, kernel_w = a["kernel"]
+    stride_h, stride_w = a["stride"]
+    dilation_h, dilation_w = a["dilation"]
+    top, left, bottom, right = a["padding"]
+    groups = a["groups"]
+    group_in = channels // groups
+    group_out = a["out_channels"] // groups
+    if a["weights"]["type"] == "dense":
+        weight = p["weight"].astype(np.float64)
+    else:
+        weight = decode_conv(p["codebooks"], p["codes"], group_in)
+    out_h = (height + top + bottom - dilation_h * (kernel_h - 1) - 1) // stride_h + 1
+    out_w = (width + left + right - dilation_w * (kernel_w - 1) - 1) // stride_w + 1
+    padded = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)))
+    out = np.zeros((n, a["out_channels"], out_h, out_w))
+    for group in range(groups):
+        into = slice(group * group_in, (group + 1) * group_in)
+        onto = slice(group * group_out, (group + 1) * group_out)
+        for ky in range(kernel_h):
+            for kx in range(kernel_w):
+                y0, x0 = ky * dilation_h, kx * dilation_w
+                seen = padded[
+                    :,
+                    into,
+                    y0 : y0 + stride_h * (out_h - 1) + 1 : stride_h,
+                    x0 : x0 + stride_w * (out_w - 1) + 1 : stride_w,
+                ]
+                out[:, onto] += np.einsum(
+                    "oc,nchw->nohw", weight[onto, :, ky, kx], seen, optimize=True
+                )
+    if a["bias"]:
+        out += p["bias"].astype(np.float64)[:, None, None]
+    return out
+
+
+def _fc(inputs: list[Array], a: Attributes, p: Parameters) -> Array:
+    (x,) = inputs
+    if a["weights"]["type"] == "dense":
+        weight = p["weight"].astype(np.float64)
+    else:
+        weight = decode_fc(p["codebooks"], p["codes"], x.shape[1])
+    out = x @ weight.T
+    if a["bias"]:
+        out = out + p["bias"].astype(np.float64)
+    return out
+
+
+def pool_extent(
+    extent: int, kernel: int, stride: int, before: int, after: int, ceil_mode: bool
+) -> int:
+    """Number of windows along one axis.
+
+    Rounded up in ceil mode, except that a window must start inside the input or
+    its leading padding.
+    """
+    travel = extent + before + after - kernel
+    if not ceil_mode:
+        return travel // stride + 1
+    count = math.ceil(travel / stride) + 1
+    if (count - 1) * stride >= extent + before:
+        count -= 1
+    return count
+
+
+def _pool(
+    x: Array,
+    a: Attributes,
+    reduce: Callable[[Array, tuple[int, int], int], Array],
+) -> Array:
+    """Apply ``reduce(pixels, window position, padded pixels)`` to every window."""
+    n, channels, height, width = x.shape
+    kernel_h, kernel_w = a["kernel"]
+    stride_h, stride_w = a["stride"]
+    top, left, bottom, right = a["padding"]
+    out_h = pool_extent(height, kernel_h, stride_h, top, bottom, a["ceil_mode"])
+    out_w = pool_extent(width, kernel_w, stride_w, left, right, a["ceil_mode"])
+    out = np.zeros((n, channels, out_h, out_w))
+    for oy in range(out_h):
+        for ox in range(out_w):
+            y0, x0 = oy * stride_h - top, ox * stride_w - left
+            y1, x1 = y0 + kernel_h, x0 + kernel_w
+            pixels = x[:, :, max(y0, 0) : min(y1, height), max(x0, 0) : min(x1, width)]
+            # Pixels of the window in the input and its explicit padding, without
+            # what hangs over in ceil mode.
+            covered = (min(y1, height + bottom) - y0) * (min(x1, width + right) - x0)
+            out[:, :, oy, ox] = reduce(pixels, (oy, ox), covered)
+    return out
+
+
+def _max_pool(inputs: list[Array], a: Attributes, p: Parameters) -> Array:
+    return _pool(inputs[0], a, lambda pixels, _, __: pixels.max(axis=(2, 3)))
+
+
+def _average_pool(inputs: list[Array], a: Attributes, p: Parameters) -> Array:
+    def mean(pixels: Array, _: tuple[int, int], covered: int) -> Array:
+        inside = pixels.shape[2] * pixels.shape[3]
+        divisor = covered if a["count_include_pad"] else inside
+        return pixels.sum(axis=(2, 3)) / divisor
+
+    return _pool(inputs[0], a, mean)
+
+
+def _global_average_pool(inputs: list[Array], a: Attributes, p: Parameters) -> Array:
+    return inputs[0].mean(axis=(2, 3), keepdims=True)
+
+
+def _global_max_pool(inputs: list[Array], a: Attributes, p: Parameters) -> Array:
+    return inputs[0].max(axis=(2, 3), keepdims=True)
+
+
+def _lrn(inputs: list[Array], a: Attributes, p: Parameters) -> Array:
+    (x,) = inputs
+    channels, size = x.shape[1], a["size"]
+    # An even window reaches one channel further up than down, as in ONNX.
+    below, above = (size - 1) // 2, size - 1 - (size - 1) // 2
+    out = np.empty_like(x)
+    for c in range(channels):
+        window = x[:, max(0, c - below) : min(channels, c + above + 1)]
+        total = (window**2).sum(axis=1)
+        out[:, c] = x[:, c] / (a["bias"] + a["alpha"] / size * total) ** a["beta"]
+    return out
+
+
+def _sigmoid(x: Array) -> Array:
+    return 1.0 / (1.0 + np.exp(-x))
+
+
+def _unary(function: Callable[[Array, Attributes], Array]) -> Callable[..., Array]:
+    def operation(inputs: list[Array], a: Attributes, p: Parameters) -> Array:
+        (x,) = inputs
+        return function(x, a)
+
+    return operation
+
+
+def _batch_norm(inputs: list[Array], a: Attributes, p: Parameters) -> Array:
+    (x,) = inputs
+    shape = (-1,) + (1,) * (x.ndim - 2)
+    scale, bias, mean, variance = (
+        p[name].astype(np.float64).reshape(shape)
+        for name in ("scale", "bias", "mean", "variance")
+    )
+    return scale * (x - mean) / np.sqrt(variance + a["epsilon"]) + bias
+
+
+def _softmax(x: Array, a: Attributes) -> Array:
+    exponential = np.exp(x - x.max(axis=1, keepdims=True))
+    return exponential / exponential.sum(axis=1, keepdims=True)
+
+
+def _add(inputs: list[Array], a: Attributes, p: Parameters) -> Array:
+    total = inputs[0]
+    for other in inputs[1:]:
+        total = total + other
+    return total
+
+
+def _concat(inputs: list[Array], a: Attributes, p: Parameters) -> Array:
+    return np.concatenate(inputs, axis=1)
+
+
+OPERATIONS: dict[str, Callable[[list[Array], Attributes, Parameters], Array]] = {
+    "conv": _conv,
+    "fc": _fc,
+    "max_pool": _max_pool,
+    "average_pool": _average_pool,
+    "global_average_pool": _global_average_pool,
+    "global_max_pool": _global_max_pool,
+    "lrn": _lrn,
+    "relu": _unary(lambda x, a: np.maximum(x, 0.0)),
+    "leaky_relu": _unary(lambda x, a: np.where(x < 0, a["alpha"] * x, x)),
+    "clip": _unary(lambda x, a: np.minimum(np.maximum(x, a["low"]), a["high"])),
+    "sigmoid": _unary(lambda x, a: _sigmoid(x)),
+    "tanh": _unary(lambda x, a: np.tanh(x)),
+    "hard_sigmoid": _unary(lambda x, a: np.clip(a["alpha"] * x + a["beta"], 0, 1)),
+    "hard_swish": _unary(lambda x, a: x * np.clip(x / 6 + 0.5, 0, 1)),
+    "silu": _unary(lambda x, a: x * _sigmoid(x)),
+    "add": _add,
+    "concat": _concat,
+    "flatten": _unary(lambda x, a: x.reshape(len(x), math.prod(x.shape[1:]))),
+    "reshape": _unary(lambda x, a: x.reshape(len(x), *a["shape"])),
+    "batch_norm": _batch_norm,
+    "softmax": _unary(_softmax),
+    "dropout": _unary(lambda x, a: x),
+}

@@ -1,0 +1,118 @@
+"""Networks with drawn parameters."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qcnn_py.architectures import alexnet_drawn, conv_fc
+from qcnn_py.config import ALEXNET_LAYERS, LayerSettings, QuantizeConfig
+from qcnn_py.errors import ConfigError
+from qcnn_py.network import Network
+
+
+def test_conv_fc_geometry() -> None:
+    network = conv_fc(
+        (3, 9, 8), (4, 5, 6), (11, 7), 3, kernel_size=5, pool_after=[1, 3]
+    )
+    assert [node.name for node in network.nodes] == [
+        *("conv1", "conv1_relu", "pool1", "conv2", "conv2_relu"),
+        *("conv3", "conv3_relu", "pool3", "flatten"),
+        *("fc1", "fc1_relu", "fc1_dropout", "fc2", "fc2_relu", "fc2_dropout"),
+        *("fc3", "prob"),
+    ]
+    assert network.shapes["conv2"] == (5, 4, 4)
+    assert network.shapes["flatten"] == (6 * 2 * 2,)
+    assert network.shapes["prob"] == (3,)
+    assert network.conv_layers == ["conv1", "conv2", "conv3"]
+    assert network.fc_layers == ["fc1", "fc2", "fc3"]
+
+
+def test_conv_fc_pools_after_every_convolution_by_default() -> None:
+    network = conv_fc((1, 8, 8), (2, 3), (), 10, metadata={"class_names": ["a"]})
+    assert network.shapes["flatten"] == (3 * 2 * 2,)
+    assert network.metadata == {"class_names": ["a"]}
+
+
+def test_conv_fc_parameters_are_drawn_from_the_seed() -> None:
+    def parameters(seed: int) -> dict[str, Any]:
+        return dict(conv_fc((3, 8, 8), (64,), (500,), 10, seed=seed).tensors)
+
+    first, again, other = parameters(0), parameters(0), parameters(1)
+    for name, array in first.items():
+        np.testing.assert_array_equal(array, again[name])
+        if name.endswith(".bias"):
+            assert not array.any()
+        else:
+            assert not np.array_equal(array, other[name])
+            # He initialisation; the draws are many enough for 10 %.
+            spread = array.std() * np.sqrt(array[0].size / 2)
+            assert spread == pytest.approx(1, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kernel_size": 4}, "kernel_size is 4, expected an odd number"),
+        ({"pool_after": [3]}, r"pool_after is \[3\], expected .* 1 to 2"),
+        ({"input_shape": (1, 3, 8)}, "2 poolings halve an image of 3 x 8 to nothing"),
+    ],
+    ids=["kernel", "pool", "size"],
+)
+def test_impossible_conv_fc_is_refused(changes: dict[str, Any], message: str) -> None:
+    options = {"input_shape": (1, 8, 8), "conv_channels": (2, 3), "fc_features": ()}
+    with pytest.raises(ConfigError, match=message):
+        conv_fc(n_classes=10, **{**options, **changes})
+
+
+def drawn_alexnet(config: QuantizeConfig, seed: int = 0) -> Network:
+    settings = {
+        name: config.resolve(name, kind, name == "fc8") for name, kind in ALEXNET_LAYERS
+    }
+    return alexnet_drawn(settings, seed)
+
+
+def test_drawn_alexnet_has_the_published_cost() -> None:
+    network = drawn_alexnet(QuantizeConfig(preset="paper-alexnet"))
+    layers = network.layers
+    assert [(layer.name, layer.kind) for layer in layers] == list(ALEXNET_LAYERS)
+    assert network.input_shape == (3, 227, 227)
+    assert network.shapes["pool5"] == (256, 6, 6)
+    # Wu et al. 2016: 4.15x fewer operations, computed as 724.4 M against 174.3 M.
+    dense = sum(layer.dense_operations for layer in layers)
+    quantized = sum(layer.operations for layer in layers)
+    assert dense == pytest.approx(724.4e6, rel=1e-4)
+    assert quantized == pytest.approx(174.3e6, rel=1e-3)
+    assert network.metadata["origin"]["parameters"] == "drawn"
+
+
+def test_drawn_alexnet_follows_its_settings() -> None:
+    config = QuantizeConfig.from_mapping(
+        {
+            "n_centroids": 16,
+            "layers": {
+                "conv1": {"dense": True},
+                "conv2": {"codebook_groups": "per_group", "subvector_dim": 7},
+                "fc6": {"dense": True},
+                "fc8": {"n_centroids": 300},
+            },
+        }
+    )
+    tensors = drawn_alexnet(config).tensors
+    assert tensors["conv1.weight"].shape == (96, 3, 11, 11)
+    # 48 channels in 7 subspaces of 7 dimensions: one is padding.
+    assert tensors["conv2.codebooks"].shape == (2, 7, 16, 7)
+    assert not tensors["conv2.codebooks"][:, -1, :, -1].any()
+    assert tensors["conv2.codebooks"][:, -1, :, -2].all()
+    assert tensors["conv3.codes"].shape == (384, 3, 3, 64)
+    assert tensors["conv3.codes"].max() == 15
+    assert tensors["fc8.codes"].dtype == np.uint16
+
+
+def test_drawn_alexnet_repeats_and_needs_all_settings() -> None:
+    small = QuantizeConfig(n_centroids=2, subvector_dim=64)
+    first, again = drawn_alexnet(small, 1).tensors, drawn_alexnet(small, 1).tensors
+    for name, array in first.items():
+        np.testing.assert_array_equal(array, again[name])
+    with pytest.raises(ConfigError, match="expected conv2 among them"):
+        alexnet_drawn({"conv1": LayerSettings()})

@@ -1,0 +1,176 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from qcnn_py import workflow
+from qcnn_py.errors import ModelFormatError
+from qcnn_py.workflow import code_fingerprint, modules_of, read_layer_names
+
+MODULE = '''
+"""A stage."""
+from package.helper import f  # the helper
+
+
+def stage(x):
+    """Do it."""
+    return f(x) + 1
+'''
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package of a stage that uses a helper that uses the engine."""
+    folder = tmp_path / "package"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("from package.helper import f\n")
+    (folder / "stage.py").write_text(MODULE)
+    (folder / "helper.py").write_text("def f(x):\n    from package import _engine\n")
+    (folder / "other.py").write_text("def g(x):\n    return x\n")
+    (folder / "config.py").write_text("A = 1\n")
+    (folder / "_engine.abi3.so").write_bytes(b"machine code")
+    (folder / "script.py").write_text("import package.config\nimport package.stage\n")
+    monkeypatch.setattr(workflow, "_PACKAGE", folder)
+    monkeypatch.setattr(workflow, "__package__", "package")
+    return folder
+
+
+def fingerprint(package):
+    for function in vars(workflow).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
+    return code_fingerprint(package / "script.py")
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("stage.py", "# the helper", "# what helps"),
+        ("stage.py", '"""Do it."""', '"""Do something else."""'),
+        ("stage.py", '    """Do it."""\n', ""),
+        ("stage.py", "f(x) + 1", "(\n        f(x)\n        + 1  # one\n    )"),
+        ("script.py", "import package.stage", "# A comment.\n\nimport package.stage"),
+        ("other.py", "return x", "return -x"),
+        ("config.py", "A = 1", "A = 2"),
+    ],
+    ids=[
+        "comment",
+        "docstring",
+        "no docstring",
+        "layout",
+        "comment in the script",
+        "module not used",
+        "settings",
+    ],
+)
+def test_fingerprint_stays(package, name, old, new):
+    before = fingerprint(package)
+    path = package / name
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    assert fingerprint(package) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("script.py", "import package.stage", "import package.stage as s"),
+        ("stage.py", "+ 1", "+ 2"),
+        ("helper.py", "def f(x)", "def f(x, y=0)"),
+        ("_engine.abi3.so", "machine", "other"),
+    ],
+    ids=["script", "stage", "what the stage uses", "engine"],
+)
+def test_fingerprint_changes(package, name, old, new):
+    before = fingerprint(package)
+    path = package / name
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    assert fingerprint(package) != before
+
+
+def test_fingerprint_follows_names_of_the_package(package):
+    (package / "script.py").write_text("from package import f\n")
+    before = fingerprint(package)
+    (package / "helper.py").write_text("def f(x):\n    return 3\n")
+    assert fingerprint(package) != before
+
+
+def test_only_stages_that_use_the_engine_depend_on_it():
+    scripts = Path(__file__).parents[2] / "workflow" / "scripts"
+    assert "_engine" not in modules_of(scripts / "prepare_dataset.py")
+    assert "_engine" in modules_of(scripts / "evaluate_models.py")
+
+
+STAGE = """
+import logging
+import sys
+
+from qcnn_py.errors import DatasetError
+from qcnn_py.workflow import reporting
+
+with reporting("stage.log"):
+    logging.getLogger("qcnn_py.stage").info("reading")
+    {statement}
+"""
+
+
+@pytest.mark.parametrize(
+    ("statement", "stderr"),
+    [
+        ("raise DatasetError('x.png: truncated')", "error: x.png: truncated\n"),
+        (
+            "open('missing')",
+            "error: [Errno 2] No such file or directory: 'missing'\n",
+        ),
+    ],
+    ids=["expected", "system"],
+)
+def test_an_error_is_one_line(tmp_path, statement, stderr):
+    done = subprocess.run(
+        [sys.executable, "-c", STAGE.format(statement=statement)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (1, stderr)
+    log = (tmp_path / "stage.log").read_text().splitlines()
+    assert log[0].endswith("INFO qcnn_py.stage: reading")
+    assert log[1].endswith("ERROR qcnn_py.workflow: " + stderr.strip()[7:])
+
+
+def test_a_bug_leaves_its_traceback_in_the_log(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", STAGE.format(statement="1 / 0")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "ZeroDivisionError: division by zero" in (tmp_path / "stage.log").read_text()
+
+
+def test_layer_names_come_from_the_header(tmp_path):
+    nodes = [
+        {"name": "c", "op": {"type": "conv"}},
+        {"name": "r", "op": {"type": "relu"}},
+        {"name": "f", "op": {"type": "fc"}},
+    ]
+    path = tmp_path / "network.qcnn"
+    graph = json.dumps({"version": 1, "graph": {"nodes": nodes}})
+    save_file({"c.bias": np.zeros(1, np.float32)}, path, metadata={"qcnn": graph})
+    assert read_layer_names(path) == [("c", "conv"), ("f", "fc")]
+
+
+@pytest.mark.parametrize("metadata", [None, {"qcnn": "{"}, {"qcnn": "[]"}, {"a": ""}])
+def test_other_files_have_no_layer_names(tmp_path, metadata):
+    path = tmp_path / "network.qcnn"
+    save_file({"c.bias": np.zeros(1, np.float32)}, path, metadata=metadata)
+    with pytest.raises(ModelFormatError, match=r"network\.qcnn: expected a \.qcnn"):
+        read_layer_names(path)

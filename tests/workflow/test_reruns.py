@@ -1,0 +1,123 @@
+"""What an edit makes Snakemake do again, and what it does not."""
+
+from collections import Counter
+
+import pytest
+
+AFTER_FINETUNING = {
+    "requantize_fc_layer": 2,
+    "assemble_model": 1,
+    "evaluate_models": 1,
+    "publish_model": 1,
+    "benchmark_model": 1,
+    "report_pipeline": 1,
+}
+FINETUNING = {"finetune_fc": 1, **AFTER_FINETUNING}
+AFTER_CONV = {"extract_features": 1, **FINETUNING}
+
+
+def setting(*path, value):
+    """Return an edit of one setting of the run."""
+
+    def edit(config):
+        section = config["runs"]["tiny"]
+        for key in path[:-1]:
+            section = section.setdefault(key, {})
+        section[path[-1]] = value
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "jobs", "layers"),
+    [
+        pytest.param(
+            setting("dataset", "limit", "test", value=40),
+            {
+                "prepare_dataset": 1,
+                "prepare_network": 1,
+                "quantize_conv_layer": 2,
+                **AFTER_CONV,
+            },
+            {"conv1", "conv2", "fc1", "fc2"},
+            id="data",
+        ),
+        pytest.param(
+            setting("quantize", "layers", "conv1", "n_centroids", value=4),
+            {"quantize_conv_layer": 2, **AFTER_CONV},
+            {"conv1", "conv2", "fc1", "fc2"},
+            id="first conv layer",
+        ),
+        pytest.param(
+            setting("quantize", "layers", "conv2", "n_centroids", value=4),
+            {"quantize_conv_layer": 1, **AFTER_CONV},
+            {"conv2", "fc1", "fc2"},
+            id="second conv layer",
+        ),
+        pytest.param(
+            setting("quantize", "layers", "conv1", "dense", value=True),
+            {"quantize_conv_layer": 1, **AFTER_CONV},
+            {"conv2", "fc1", "fc2"},
+            id="a layer left dense",
+        ),
+        pytest.param(
+            setting("finetune", "epochs", value=3),
+            FINETUNING,
+            {"fc1", "fc2"},
+            id="fine-tuning",
+        ),
+        pytest.param(
+            setting("quantize", "layers", "fc2", "n_centroids", value=4),
+            {**AFTER_FINETUNING, "requantize_fc_layer": 1},
+            {"fc2"},
+            id="last fc layer",
+        ),
+        pytest.param(
+            setting("benchmark", "batches", value=3),
+            {"benchmark_model": 1, "report_pipeline": 1},
+            set(),
+            id="speed test",
+        ),
+        pytest.param(
+            setting("report", "example_images", value=3),
+            {"report_pipeline": 1},
+            set(),
+            id="report",
+        ),
+        pytest.param(
+            setting("finetune", "momentum", value=0.9), {}, set(), id="default given"
+        ),
+    ],
+)
+def test_edited_setting(workspace, edit, jobs, layers):
+    workspace.edit_config(edit)
+    plan = workspace.plan()
+    # The report names all settings of the run.
+    assert plan.jobs == Counter(jobs)
+    assert plan.layers == layers
+
+
+def test_comments_change_nothing(workspace):
+    sources = [
+        workspace.path / "config.yaml",
+        workspace.path / "Snakefile",
+        *workspace.path.glob("workflow/rules/*.smk"),
+        *workspace.path.glob("workflow/scripts/*.py"),
+        *workspace.path.glob("qcnn_py/*.py"),
+    ]
+    for source in sources:
+        source.write_text(f"# A comment.\n{source.read_text()}\n# Another one.\n")
+    assert workspace.plan().jobs == Counter()
+
+
+@pytest.mark.parametrize(
+    ("source", "jobs"),
+    [
+        ("qcnn_py/finetuning.py", {"extract_features": 1, **FINETUNING}),
+        ("workflow/scripts/finetune_fc.py", FINETUNING),
+    ],
+)
+def test_changed_code_runs_again(workspace, source, jobs):
+    path = workspace.path / source
+    path.write_text(f"{path.read_text()}\nCHANGED = True\n")
+    assert workspace.plan().jobs == Counter(jobs)

@@ -1,0 +1,108 @@
+"""Whole runs: what comes out, and that it comes out the same."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import time
+
+import numpy as np
+import psutil
+
+import qcnn_py
+
+
+def test_end_to_end(finished):
+    results = finished.path / "results" / "tiny"
+    model = qcnn_py.load(results / "model.qcnn")
+    assert [layer["quantized"] for layer in model.layers] == [True] * 4
+    assert model(np.zeros((2, 1, 8, 8), np.float32)).shape == (2, 10)
+    report = json.loads((results / "report.json").read_text())
+    assert report["run"] == "tiny"
+    assert "<html" in (results / "report.html").read_text()
+
+
+def test_second_run_does_nothing(workspace):
+    done = workspace.run()
+    assert done.returncode == 0
+    assert "Nothing to be done" in done.stdout
+
+
+def start(workspace):
+    return subprocess.Popen(
+        workspace.command("results/tiny/model.qcnn"),
+        cwd=workspace.path,
+        env=workspace.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def wait_for(path, process):
+    """Wait for the log of a stage, which it opens before it does anything."""
+    while not path.exists():
+        assert process.poll() is None, f"snakemake ended before {path}"
+        time.sleep(0.005)
+
+
+def kill_everything(process):
+    os.killpg(process.pid, signal.SIGKILL)
+
+
+def kill_stage(process):
+    (stage,) = (
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if child.name().startswith("python")
+    )
+    stage.kill()
+
+
+def test_killed_run_resumes_to_the_same_bytes(workspace, finished):
+    results = workspace.path / "results" / "tiny"
+    kept = {"dataset.safetensors", "network.qcnn", "training.json", "conv1.safetensors"}
+    for path in results.rglob("*"):
+        if path.is_file() and path.name not in kept and path.suffix != ".tsv":
+            path.unlink()
+
+    for kill, output, job in (
+        (kill_everything, "quantized/conv2.safetensors", "quantize_conv_layer.conv2"),
+        (kill_stage, "finetuned.qcnn", "finetune_fc"),
+    ):
+        process = start(workspace)
+        wait_for(results / "logs" / "0" / f"{job}.log", process)
+        kill(process)
+        assert process.wait() != 0
+        assert not (workspace.replicate / output).exists()
+
+    done = workspace.run()
+    assert done.returncode == 0, done.stdout
+    assert workspace.artefacts() == finished.artefacts()
+
+
+def test_two_runs_at_once_are_refused(workspace):
+    (workspace.path / "results" / "tiny" / "report.html").unlink()
+    with (workspace.path / "results" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = workspace.run()
+    assert done.returncode == 1
+    assert "results: another Snakemake is working here" in done.stdout
+
+
+def test_failed_stage_says_why_in_one_line(workspace):
+    np.savez(workspace.path / "images.npz", images=np.zeros((3, 2)), labels=[0, 1, 0])
+    workspace.edit_config(
+        lambda config: config["runs"]["tiny"].update(
+            dataset={"source": "npz", "path": "images.npz"}
+        )
+    )
+    done = workspace.run()
+    assert done.returncode == 1
+    lines = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert "images.npz" in lines[0]
+    assert "Traceback" not in done.stdout
+    log = workspace.path / "results" / "tiny" / "logs" / "0" / "prepare_dataset.log"
+    assert lines[0].removeprefix("error: ") in log.read_text()
