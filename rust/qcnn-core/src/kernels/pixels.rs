@@ -117,6 +117,11 @@ fn row_len<S: Simd>(planes: &Planes, tile: [usize; 2]) -> usize {
     (read.div_ceil(LINE) | 1) * LINE
 }
 
+/// Distance between table rows, in the units of [`Offsets`].
+fn row_units(row_len: usize) -> usize {
+    row_len * size_of::<f32>() / OFFSET_BYTES
+}
+
 impl<S: Simd> PixelsConv<S> {
     pub(crate) fn candidate<'a>(simd: S, layer: &'a ConvLayer<'a>) -> Option<Candidate<'a>> {
         let Weights::ProductQuantized {
@@ -128,6 +133,9 @@ impl<S: Simd> PixelsConv<S> {
             return None;
         };
         let (blocking, cycles) = choose_blocking::<S>(layer.geometry, pq);
+        let row_len = row_len::<S>(&Planes::new(layer.geometry, blocking.tile), blocking.tile);
+        // Tables of 32 GiB are beyond the offsets.
+        u32::try_from((pq.n_centroids - 1) * row_units(row_len)).ok()?;
         Some(Candidate::new(cycles, move || {
             Self::new(simd, layer, (pq, codebooks, codes), blocking)
         }))
@@ -161,13 +169,12 @@ impl<S: Simd> PixelsConv<S> {
                 padded[..outputs].copy_from_slice(values);
             }
         }
-        let row_units = row_len * size_of::<f32>() / OFFSET_BYTES;
+        let row_units = row_units(row_len);
         let units =
             block_codes(&geometry, pq, blocking.subspaces, codes).map(|code| code * row_units);
         let offsets = if u16::try_from((pq.n_centroids - 1) * row_units).is_ok() {
             Offsets::U16(units.map(|u| u as u16).collect())
         } else {
-            assert!(u32::try_from((pq.n_centroids - 1) * row_units).is_ok());
             Offsets::U32(units.map(|u| u as u32).collect())
         };
         Self {
@@ -617,7 +624,7 @@ impl<T: Offset, const V: usize> Task for Strip<'_, T, V> {
             // asserted. `table` starts at the strip's first position p of the
             // first row. A base leads to the first row of a subspace of the
             // block and on to what a tap reads there; an offset from there to
-            // row code < n_centroids (both made and checked in `build`). So the
+            // row code < n_centroids (both made and checked in `new`). So the
             // load is at p + tap, plus less than V vectors, of a row of the
             // tables; `row_len` covers the last position's vector with the
             // furthest tap, and the tables hold all rows of the block. The sums
