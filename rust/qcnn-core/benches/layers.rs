@@ -8,10 +8,10 @@ use std::fmt;
 
 use divan::Bencher;
 use divan::counter::ItemsCount;
-use qcnn_core::Isa;
 use qcnn_core::geometry::ConvGeometry;
 use qcnn_core::graph::PqGeometry;
 use qcnn_core::kernels::{ConvLayer, FcLayer, Kernel, Weights, conv_kernels, fc_kernels};
+use qcnn_core::{Isa, Precision};
 
 fn main() {
     divan::main();
@@ -147,7 +147,7 @@ fn bench_conv(bencher: Bencher<'_, '_>, case: &Case<Conv>, quantized: bool) {
         },
         bias: None,
     };
-    let kernel = conv_kernels(&layer, case.isa)[0].build();
+    let kernel = conv_kernels(&layer, case.isa, Precision::Fast)[0].build();
     let lens = [
         geometry.in_channels * geometry.in_pixels(),
         geometry.out_channels * geometry.out_pixels(),
@@ -230,7 +230,7 @@ fn bench_fc(bencher: Bencher<'_, '_>, case: &Case<Fc>, quantized: bool) {
         },
         bias: None,
     };
-    let kernel = fc_kernels(&layer, case.isa)[0].build();
+    let kernel = fc_kernels(&layer, case.isa, Precision::Fast)[0].build();
     run(
         bencher,
         &*kernel,

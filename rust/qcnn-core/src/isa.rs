@@ -194,6 +194,8 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
     const REGISTERS: usize;
     /// A vector.
     type F32: Copy + fmt::Debug;
+    /// A vector of 16-bit integers, twice as many.
+    type I16: Copy + fmt::Debug;
 
     /// The token, if the CPU has the level.
     fn new() -> Option<Self>;
@@ -223,6 +225,37 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
     ///
     /// `target` is valid for writes of `LANES` values.
     unsafe fn store(self, target: *mut f32, vector: Self::F32);
+
+    /// Every lane 0.
+    fn zero_i16(self) -> Self::I16;
+
+    /// `a + b`, modulo 2^16.
+    fn add_i16(self, a: Self::I16, b: Self::I16) -> Self::I16;
+
+    /// The values of `low`, then those of `high`, rounded to nearest. Values
+    /// beyond the range, and NaN, give any number.
+    fn round_i16(self, low: Self::F32, high: Self::F32) -> Self::I16;
+
+    /// The inverse of [`round_i16`](Self::round_i16).
+    fn widen_i16(self, vector: Self::I16) -> [Self::F32; 2];
+
+    /// Lane `i` becomes lane `i + distance`; the last `distance` lanes become
+    /// any of the others.
+    fn shift_i16(self, vector: Self::I16, distance: usize) -> Self::I16;
+
+    /// The `2 * LANES` values at `source`, which needs no alignment.
+    ///
+    /// # Safety
+    ///
+    /// `source` is valid for reads of `2 * LANES` values.
+    unsafe fn load_i16(self, source: *const i16) -> Self::I16;
+
+    /// Write the `2 * LANES` values to `target`, which needs no alignment.
+    ///
+    /// # Safety
+    ///
+    /// `target` is valid for writes of `2 * LANES` values.
+    unsafe fn store_i16(self, target: *mut i16, vector: Self::I16);
 }
 
 #[cfg(test)]
@@ -277,6 +310,47 @@ mod tests {
             expected.insert(0, -1.0);
             expected.push(-1.0);
             assert_eq!(target, expected, "{}", S::NAME);
+
+            let lanes = 2 * S::LANES;
+            let halves: Vec<f32> = (0..lanes).map(|i| i as f32 * 0.75 - 3.0).collect();
+            let mut words = vec![7i16; lanes + 2];
+            // SAFETY: `halves` holds two vectors, `words` one beyond element 1.
+            let widened = unsafe {
+                let rounded = s.round_i16(
+                    s.load(halves.as_ptr()),
+                    s.load(halves.as_ptr().add(S::LANES)),
+                );
+                s.store_i16(words.as_mut_ptr().add(1), rounded);
+                let loaded = s.load_i16(words.as_ptr().add(1));
+                s.widen_i16(s.add_i16(s.add_i16(loaded, s.zero_i16()), loaded))
+            };
+            let mut expected: Vec<i16> =
+                halves.iter().map(|x| x.round_ties_even() as i16).collect();
+            let mut doubled = vec![0.0f32; lanes];
+            for (vector, target) in widened.into_iter().zip(doubled.chunks_exact_mut(S::LANES)) {
+                // SAFETY: the chunk holds one vector.
+                unsafe { s.store(target.as_mut_ptr(), vector) };
+            }
+            let twice: Vec<f32> = expected.iter().map(|x| f32::from(2 * x)).collect();
+            assert_eq!(doubled, twice, "{}", S::NAME);
+            for distance in 0..lanes {
+                let mut shifted = vec![0i16; lanes];
+                // SAFETY: both buffers hold a vector where they are used.
+                unsafe {
+                    let vector = s.load_i16(words.as_ptr().add(1));
+                    s.store_i16(shifted.as_mut_ptr(), s.shift_i16(vector, distance));
+                }
+                let kept = lanes - distance;
+                assert_eq!(
+                    shifted[..kept],
+                    expected[distance..],
+                    "{} {distance}",
+                    S::NAME
+                );
+            }
+            expected.insert(0, 7);
+            expected.push(7);
+            assert_eq!(words, expected, "{}", S::NAME);
         }
     }
 

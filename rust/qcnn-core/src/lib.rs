@@ -32,9 +32,11 @@ pub mod isa;
 pub mod kernels;
 pub mod ops;
 pub mod pack;
+pub mod precision;
 pub mod session;
 
 pub use error::{Error, Result};
 pub use graph::{Graph, Network, Tensor, TensorData, Tensors};
 pub use isa::Isa;
-pub use session::{Precision, Session, Workspace};
+pub use precision::Precision;
+pub use session::{Session, Workspace};

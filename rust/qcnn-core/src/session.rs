@@ -2,8 +2,6 @@
 //! allocating.
 
 use std::collections::HashMap;
-use std::fmt;
-use std::str::FromStr;
 
 use crate::error::{Error, Result, bail_shape};
 use crate::geometry::MAX_ELEMENTS;
@@ -15,47 +13,7 @@ use crate::ops::lrn::Lrn;
 use crate::ops::norm::BatchNorm;
 use crate::ops::pool::{self, Pool, Reduction};
 use crate::ops::{elementwise, softmax};
-
-/// How exactly product-quantised layers are computed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Precision {
-    /// float32 tables and sums.
-    Exact,
-    /// 16-bit tables where a layer has a kernel for them. No kernel does yet,
-    /// so at present this computes what `Exact` computes.
-    #[default]
-    Fast,
-}
-
-impl Precision {
-    /// The name in options and reports.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Exact => "exact",
-            Self::Fast => "fast",
-        }
-    }
-}
-
-impl fmt::Display for Precision {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-impl FromStr for Precision {
-    type Err = Error;
-
-    fn from_str(name: &str) -> Result<Self> {
-        match name {
-            "exact" => Ok(Self::Exact),
-            "fast" => Ok(Self::Fast),
-            _ => Err(Error::Config(format!(
-                "precision is {name:?}, expected \"exact\" or \"fast\""
-            ))),
-        }
-    }
-}
+use crate::precision::Precision;
 
 /// How to plan a session.
 #[derive(Clone, Copy, Debug, Default)]
@@ -170,7 +128,7 @@ impl Session {
             .nodes
             .iter()
             .zip(&network.layout().geometries)
-            .map(|(node, geometry)| plan_action(network, node, geometry, isa))
+            .map(|(node, geometry)| plan_action(network, node, geometry, isa, options.precision))
             .collect::<Result<Vec<_>>>()?;
         let plan = BufferPlan::new(network, &actions);
         let operand = |name: &String| Operand {
@@ -373,7 +331,13 @@ impl Session {
 }
 
 /// Choose the action of `node` and pack its weights.
-fn plan_action(network: &Network, node: &Node, geometry: &Geometry, isa: Isa) -> Result<Action> {
+fn plan_action(
+    network: &Network,
+    node: &Node,
+    geometry: &Geometry,
+    isa: Isa,
+    precision: Precision,
+) -> Result<Action> {
     // Channels and pixels; a vector of features is one pixel.
     let shape = network.shape(&node.inputs[0]);
     let (channels, pixels) = (shape[0], shape[1..].iter().product());
@@ -393,7 +357,7 @@ fn plan_action(network: &Network, node: &Node, geometry: &Geometry, isa: Isa) ->
                 weights: weights(pq),
                 bias: parameter("bias"),
             };
-            Action::Kernel(conv_kernels(&layer, isa)[0].build())
+            Action::Kernel(conv_kernels(&layer, isa, precision)[0].build())
         }
         (Op::Fc { .. }, Geometry::Fc(in_features, out_features, pq)) => {
             let layer = FcLayer {
@@ -402,7 +366,7 @@ fn plan_action(network: &Network, node: &Node, geometry: &Geometry, isa: Isa) ->
                 weights: weights(pq),
                 bias: parameter("bias"),
             };
-            Action::Kernel(fc_kernels(&layer, isa)[0].build())
+            Action::Kernel(fc_kernels(&layer, isa, precision)[0].build())
         }
         (Op::MaxPool { .. }, Geometry::Pool(geometry)) => {
             Action::Pool(Pool::new(geometry, Reduction::Max))

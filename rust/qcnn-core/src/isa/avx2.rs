@@ -1,7 +1,12 @@
 //! The AVX2 level.
 
 use std::arch::x86_64::{
-    __m256, _mm256_add_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_storeu_ps,
+    __m256, __m256i, _mm256_add_epi16, _mm256_add_epi32, _mm256_add_ps, _mm256_castsi256_si128,
+    _mm256_cvtepi16_epi32, _mm256_cvtepi32_ps, _mm256_cvtps_epi32, _mm256_extracti128_si256,
+    _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_or_si256, _mm256_packs_epi32,
+    _mm256_permute4x64_epi64, _mm256_permutevar8x32_epi32, _mm256_set1_epi32, _mm256_set1_ps,
+    _mm256_setr_epi32, _mm256_setzero_si256, _mm256_slli_epi32, _mm256_srli_epi32,
+    _mm256_storeu_ps, _mm256_storeu_si256,
 };
 
 use super::{Simd, Task};
@@ -15,6 +20,7 @@ impl Simd for Avx2 {
     const LANES: usize = 8;
     const REGISTERS: usize = 16;
     type F32 = __m256;
+    type I16 = __m256i;
 
     /// Asks if the CPU has AVX2 and FMA.
     fn new() -> Option<Self> {
@@ -59,5 +65,71 @@ impl Simd for Avx2 {
     unsafe fn store(self, target: *mut f32, vector: __m256) {
         // SAFETY: `self` proves AVX; the caller vouches for 8 writable values.
         unsafe { _mm256_storeu_ps(target, vector) }
+    }
+
+    #[inline(always)]
+    fn zero_i16(self) -> __m256i {
+        // SAFETY: `self` proves AVX, which AVX2 includes.
+        unsafe { _mm256_setzero_si256() }
+    }
+
+    #[inline(always)]
+    fn add_i16(self, a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: `self` proves AVX2.
+        unsafe { _mm256_add_epi16(a, b) }
+    }
+
+    #[inline(always)]
+    fn round_i16(self, low: __m256, high: __m256) -> __m256i {
+        // SAFETY: `self` proves AVX2.
+        unsafe {
+            let packed = _mm256_packs_epi32(_mm256_cvtps_epi32(low), _mm256_cvtps_epi32(high));
+            // Packing works within halves: low, high, low, high.
+            _mm256_permute4x64_epi64::<0b11_01_10_00>(packed)
+        }
+    }
+
+    #[inline(always)]
+    fn widen_i16(self, vector: __m256i) -> [__m256; 2] {
+        // SAFETY: `self` proves AVX2.
+        unsafe {
+            let halves = [
+                _mm256_castsi256_si128(vector),
+                _mm256_extracti128_si256::<1>(vector),
+            ];
+            halves.map(|half| _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(half)))
+        }
+    }
+
+    #[inline(always)]
+    fn shift_i16(self, vector: __m256i, distance: usize) -> __m256i {
+        // SAFETY: `self` proves AVX2.
+        unsafe {
+            // By pairs of lanes; of each index only the lowest 3 bits count.
+            let pairs = |distance: usize| {
+                let first = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+                let index = _mm256_add_epi32(first, _mm256_set1_epi32(distance as i32));
+                _mm256_permutevar8x32_epi32(vector, index)
+            };
+            let even = pairs(distance / 2);
+            if distance.is_multiple_of(2) {
+                even
+            } else {
+                let next = pairs(distance / 2 + 1);
+                _mm256_or_si256(_mm256_srli_epi32::<16>(even), _mm256_slli_epi32::<16>(next))
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_i16(self, source: *const i16) -> __m256i {
+        // SAFETY: `self` proves AVX; the caller vouches for 16 readable values.
+        unsafe { _mm256_loadu_si256(source.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_i16(self, target: *mut i16, vector: __m256i) {
+        // SAFETY: `self` proves AVX; the caller vouches for 16 writable values.
+        unsafe { _mm256_storeu_si256(target.cast(), vector) }
     }
 }

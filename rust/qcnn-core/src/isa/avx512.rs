@@ -1,7 +1,11 @@
 //! The AVX-512 level.
 
 use std::arch::x86_64::{
-    __m512, _mm512_add_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_storeu_ps,
+    __m512, __m512i, _mm512_add_epi16, _mm512_add_ps, _mm512_castsi256_si512,
+    _mm512_castsi512_si256, _mm512_cvtepi16_epi32, _mm512_cvtepi32_ps, _mm512_cvtps_epi32,
+    _mm512_cvtsepi32_epi16, _mm512_extracti64x4_epi64, _mm512_fmadd_ps, _mm512_inserti64x4,
+    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_permutexvar_epi16, _mm512_set1_epi16,
+    _mm512_set1_ps, _mm512_setzero_si512, _mm512_storeu_ps, _mm512_storeu_si512,
 };
 
 use super::{Simd, Task};
@@ -15,6 +19,7 @@ impl Simd for Avx512 {
     const LANES: usize = 16;
     const REGISTERS: usize = 32;
     type F32 = __m512;
+    type I16 = __m512i;
 
     /// Asks if the CPU has AVX-512 F, BW, DQ and VL, and AVX2 and FMA.
     ///
@@ -69,4 +74,72 @@ impl Simd for Avx512 {
         // SAFETY: `self` proves AVX-512 F; the caller vouches for 16 writable values.
         unsafe { _mm512_storeu_ps(target, vector) }
     }
+
+    #[inline(always)]
+    fn zero_i16(self) -> __m512i {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe { _mm512_setzero_si512() }
+    }
+
+    #[inline(always)]
+    fn add_i16(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: `self` proves AVX-512 BW.
+        unsafe { _mm512_add_epi16(a, b) }
+    }
+
+    #[inline(always)]
+    fn round_i16(self, low: __m512, high: __m512) -> __m512i {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe {
+            let low = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(low));
+            let high = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(high));
+            _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high)
+        }
+    }
+
+    #[inline(always)]
+    fn widen_i16(self, vector: __m512i) -> [__m512; 2] {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe {
+            let halves = [
+                _mm512_castsi512_si256(vector),
+                _mm512_extracti64x4_epi64::<1>(vector),
+            ];
+            halves.map(|half| _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(half)))
+        }
+    }
+
+    #[inline(always)]
+    fn shift_i16(self, vector: __m512i, distance: usize) -> __m512i {
+        // SAFETY: `self` proves AVX-512 BW. The index has one element per lane;
+        // of each element only the lowest 5 bits count.
+        unsafe {
+            let lanes = _mm512_loadu_si512(LANE_NUMBERS.as_ptr().cast());
+            let index = _mm512_add_epi16(lanes, _mm512_set1_epi16(distance as i16));
+            _mm512_permutexvar_epi16(index, vector)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_i16(self, source: *const i16) -> __m512i {
+        // SAFETY: `self` proves AVX-512 F; the caller vouches for 32 readable values.
+        unsafe { _mm512_loadu_si512(source.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_i16(self, target: *mut i16, vector: __m512i) {
+        // SAFETY: `self` proves AVX-512 F; the caller vouches for 32 writable values.
+        unsafe { _mm512_storeu_si512(target.cast(), vector) }
+    }
 }
+
+/// Each lane of 16 bits its number.
+const LANE_NUMBERS: [i16; 32] = {
+    let mut numbers = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        numbers[i] = i as i16;
+        i += 1;
+    }
+    numbers
+};

@@ -15,6 +15,8 @@ impl<const N: usize> Simd for Portable<N> {
     const LANES: usize = N;
     const REGISTERS: usize = 16;
     type F32 = [f32; N];
+    /// The lower and the upper half.
+    type I16 = [[i16; N]; 2];
 
     /// Every CPU has this level.
     fn new() -> Option<Self> {
@@ -52,5 +54,48 @@ impl<const N: usize> Simd for Portable<N> {
     unsafe fn store(self, target: *mut f32, vector: [f32; N]) {
         // SAFETY: the caller vouches for N writable values.
         unsafe { target.cast::<[f32; N]>().write_unaligned(vector) }
+    }
+
+    #[inline(always)]
+    fn zero_i16(self) -> [[i16; N]; 2] {
+        [[0; N]; 2]
+    }
+
+    #[inline(always)]
+    fn add_i16(self, a: [[i16; N]; 2], b: [[i16; N]; 2]) -> [[i16; N]; 2] {
+        std::array::from_fn(|half| std::array::from_fn(|i| a[half][i].wrapping_add(b[half][i])))
+    }
+
+    #[inline(always)]
+    fn round_i16(self, low: [f32; N], high: [f32; N]) -> [[i16; N]; 2] {
+        // Added to this number, a value keeps its integer part in the lowest
+        // bits: rounding without a library call.
+        const MAGIC: f32 = 12_582_912.0;
+        [low, high].map(|half| half.map(|x| (x + MAGIC).to_bits() as i16))
+    }
+
+    #[inline(always)]
+    fn widen_i16(self, vector: [[i16; N]; 2]) -> [[f32; N]; 2] {
+        vector.map(|half| half.map(f32::from))
+    }
+
+    #[inline(always)]
+    fn shift_i16(self, vector: [[i16; N]; 2], distance: usize) -> [[i16; N]; 2] {
+        let lanes = vector.as_flattened();
+        std::array::from_fn(|half| {
+            std::array::from_fn(|i| lanes[(half * N + i + distance) % (2 * N)])
+        })
+    }
+
+    #[inline(always)]
+    unsafe fn load_i16(self, source: *const i16) -> [[i16; N]; 2] {
+        // SAFETY: the caller vouches for 2 * N readable values.
+        unsafe { source.cast::<[[i16; N]; 2]>().read_unaligned() }
+    }
+
+    #[inline(always)]
+    unsafe fn store_i16(self, target: *mut i16, vector: [[i16; N]; 2]) {
+        // SAFETY: the caller vouches for 2 * N writable values.
+        unsafe { target.cast::<[[i16; N]; 2]>().write_unaligned(vector) }
     }
 }

@@ -24,6 +24,7 @@ use crate::graph::PqGeometry;
 use crate::isa::{Isa, Simd, Task};
 use crate::ops::conv::{DirectConv, GemmConv};
 use crate::ops::fc::GemmFc;
+use crate::precision::Precision;
 use pixels::PixelsConv;
 use words::WordsFc;
 
@@ -158,24 +159,32 @@ impl fmt::Debug for Candidate<'_> {
     }
 }
 
-/// Every kernel on `isa` that can run `layer`, from the fastest to the slowest
+/// Every kernel on `isa` that can run `layer` at `precision`, from the fastest to the slowest
 /// by the model. There is always one if the CPU has the level.
-pub fn conv_kernels<'a>(layer: &'a ConvLayer<'a>, isa: Isa) -> Vec<Candidate<'a>> {
-    struct List<'a>(&'a ConvLayer<'a>);
+pub fn conv_kernels<'a>(
+    layer: &'a ConvLayer<'a>,
+    isa: Isa,
+    precision: Precision,
+) -> Vec<Candidate<'a>> {
+    struct List<'a>(&'a ConvLayer<'a>, Precision);
     impl<'a> Task for List<'a> {
         type Output = Vec<Candidate<'a>>;
 
         #[inline(always)]
         fn run<S: Simd>(self, simd: S) -> Vec<Candidate<'a>> {
-            conv_kernels_of(self.0, simd)
+            conv_kernels_of(self.0, simd, self.1)
         }
     }
     isa.level()
-        .map_or_else(Vec::new, |level| level.call(List(layer)))
+        .map_or_else(Vec::new, |level| level.call(List(layer, precision)))
 }
 
 /// As [`conv_kernels`], also for levels that no session uses.
-fn conv_kernels_of<'a, S: Simd>(layer: &'a ConvLayer<'a>, simd: S) -> Vec<Candidate<'a>> {
+fn conv_kernels_of<'a, S: Simd>(
+    layer: &'a ConvLayer<'a>,
+    simd: S,
+    _precision: Precision,
+) -> Vec<Candidate<'a>> {
     let mut candidates: Vec<_> = [
         PixelsConv::candidate(simd, layer),
         DirectConv::candidate(simd, layer),
@@ -188,24 +197,32 @@ fn conv_kernels_of<'a, S: Simd>(layer: &'a ConvLayer<'a>, simd: S) -> Vec<Candid
     candidates
 }
 
-/// Every kernel on `isa` that can run `layer`, from the fastest to the slowest
+/// Every kernel on `isa` that can run `layer` at `precision`, from the fastest to the slowest
 /// by the model. There is always one if the CPU has the level.
-pub fn fc_kernels<'a>(layer: &'a FcLayer<'a>, isa: Isa) -> Vec<Candidate<'a>> {
-    struct List<'a>(&'a FcLayer<'a>);
+pub fn fc_kernels<'a>(
+    layer: &'a FcLayer<'a>,
+    isa: Isa,
+    precision: Precision,
+) -> Vec<Candidate<'a>> {
+    struct List<'a>(&'a FcLayer<'a>, Precision);
     impl<'a> Task for List<'a> {
         type Output = Vec<Candidate<'a>>;
 
         #[inline(always)]
         fn run<S: Simd>(self, simd: S) -> Vec<Candidate<'a>> {
-            fc_kernels_of(self.0, simd)
+            fc_kernels_of(self.0, simd, self.1)
         }
     }
     isa.level()
-        .map_or_else(Vec::new, |level| level.call(List(layer)))
+        .map_or_else(Vec::new, |level| level.call(List(layer, precision)))
 }
 
 /// As [`fc_kernels`], also for levels that no session uses.
-fn fc_kernels_of<'a, S: Simd>(layer: &'a FcLayer<'a>, simd: S) -> Vec<Candidate<'a>> {
+fn fc_kernels_of<'a, S: Simd>(
+    layer: &'a FcLayer<'a>,
+    simd: S,
+    _precision: Precision,
+) -> Vec<Candidate<'a>> {
     let mut candidates: Vec<_> = [
         WordsFc::candidate(simd, layer),
         Some(GemmFc::candidate(simd, layer)),

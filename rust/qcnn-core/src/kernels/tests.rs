@@ -7,6 +7,7 @@ use super::{conv_kernels, conv_kernels_of, fc_kernels, fc_kernels_of};
 use crate::geometry::ConvGeometry;
 use crate::graph::PqGeometry;
 use crate::isa::{Isa, Portable, Simd};
+use crate::precision::Precision;
 
 /// Numbers that look random, the same on every run.
 struct Random(u64);
@@ -198,16 +199,28 @@ impl Default for ConvCase {
 /// Kernels on every ISA of the host, and with the vectors of AVX-512.
 fn all_conv_kernels<'a>(layer: &'a ConvLayer<'a>) -> Vec<Candidate<'a>> {
     let isas = Isa::available().into_iter();
-    let mut kernels: Vec<_> = isas.flat_map(|isa| conv_kernels(layer, isa)).collect();
-    kernels.extend(conv_kernels_of(layer, Portable::<16>::new().unwrap()));
+    let mut kernels: Vec<_> = isas
+        .flat_map(|isa| conv_kernels(layer, isa, Precision::Fast))
+        .collect();
+    kernels.extend(conv_kernels_of(
+        layer,
+        Portable::<16>::new().unwrap(),
+        Precision::Fast,
+    ));
     kernels
 }
 
 /// As [`all_conv_kernels`].
 fn all_fc_kernels<'a>(layer: &'a FcLayer<'a>) -> Vec<Candidate<'a>> {
     let isas = Isa::available().into_iter();
-    let mut kernels: Vec<_> = isas.flat_map(|isa| fc_kernels(layer, isa)).collect();
-    kernels.extend(fc_kernels_of(layer, Portable::<16>::new().unwrap()));
+    let mut kernels: Vec<_> = isas
+        .flat_map(|isa| fc_kernels(layer, isa, Precision::Fast))
+        .collect();
+    kernels.extend(fc_kernels_of(
+        layer,
+        Portable::<16>::new().unwrap(),
+        Precision::Fast,
+    ));
     kernels
 }
 
