@@ -93,11 +93,9 @@ impl Simd for Avx2 {
     fn widen_i16(self, vector: __m256i) -> [__m256; 2] {
         // SAFETY: `self` proves AVX2.
         unsafe {
-            let halves = [
-                _mm256_castsi256_si128(vector),
-                _mm256_extracti128_si256::<1>(vector),
-            ];
-            halves.map(|half| _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(half)))
+            let low = _mm256_cvtepi16_epi32(_mm256_castsi256_si128(vector));
+            let high = _mm256_cvtepi16_epi32(_mm256_extracti128_si256::<1>(vector));
+            [_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high)]
         }
     }
 
@@ -106,18 +104,15 @@ impl Simd for Avx2 {
         // SAFETY: `self` proves AVX2.
         unsafe {
             // By pairs of lanes; of each index only the lowest 3 bits count.
-            let pairs = |distance: usize| {
-                let first = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-                let index = _mm256_add_epi32(first, _mm256_set1_epi32(distance as i32));
-                _mm256_permutevar8x32_epi32(vector, index)
-            };
-            let even = pairs(distance / 2);
+            let first = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+            let index = _mm256_add_epi32(first, _mm256_set1_epi32((distance / 2) as i32));
+            let even = _mm256_permutevar8x32_epi32(vector, index);
             if distance.is_multiple_of(2) {
-                even
-            } else {
-                let next = pairs(distance / 2 + 1);
-                _mm256_or_si256(_mm256_srli_epi32::<16>(even), _mm256_slli_epi32::<16>(next))
+                return even;
             }
+            let next = _mm256_add_epi32(index, _mm256_set1_epi32(1));
+            let next = _mm256_permutevar8x32_epi32(vector, next);
+            _mm256_or_si256(_mm256_srli_epi32::<16>(even), _mm256_slli_epi32::<16>(next))
         }
     }
 

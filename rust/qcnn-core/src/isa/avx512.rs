@@ -101,11 +101,9 @@ impl Simd for Avx512 {
     fn widen_i16(self, vector: __m512i) -> [__m512; 2] {
         // SAFETY: `self` proves AVX-512 F.
         unsafe {
-            let halves = [
-                _mm512_castsi512_si256(vector),
-                _mm512_extracti64x4_epi64::<1>(vector),
-            ];
-            halves.map(|half| _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(half)))
+            let low = _mm512_cvtepi16_epi32(_mm512_castsi512_si256(vector));
+            let high = _mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64::<1>(vector));
+            [_mm512_cvtepi32_ps(low), _mm512_cvtepi32_ps(high)]
         }
     }
 

@@ -12,6 +12,7 @@
 
 mod pixels;
 pub(crate) mod planes;
+mod rows;
 pub mod scalar;
 pub(crate) mod tile;
 mod words;
@@ -26,6 +27,7 @@ use crate::ops::conv::{DirectConv, GemmConv};
 use crate::ops::fc::GemmFc;
 use crate::precision::Precision;
 use pixels::PixelsConv;
+use rows::RowsConv;
 use words::WordsFc;
 
 /// A layer, ready to run.
@@ -183,9 +185,15 @@ pub fn conv_kernels<'a>(
 fn conv_kernels_of<'a, S: Simd>(
     layer: &'a ConvLayer<'a>,
     simd: S,
-    _precision: Precision,
+    precision: Precision,
 ) -> Vec<Candidate<'a>> {
+    let fast = precision == Precision::Fast;
     let mut candidates: Vec<_> = [
+        if fast {
+            RowsConv::candidate(simd, layer)
+        } else {
+            None
+        },
         PixelsConv::candidate(simd, layer),
         DirectConv::candidate(simd, layer),
         Some(GemmConv::candidate(simd, layer)),

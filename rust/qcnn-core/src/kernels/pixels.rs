@@ -180,7 +180,7 @@ impl<S: Simd> PixelsConv<S> {
         Self {
             simd,
             name: format!("{}-f32-pixels", S::NAME),
-            codebooks: pack_codebooks(pq, codebooks, tile_rows::<S>()),
+            codebooks: pack_codebooks(pq, codebooks, pq.n_centroids, tile_rows::<S>()),
             geometry,
             pq,
             blocking,
@@ -253,12 +253,17 @@ fn block_codes(
     ordered.into_iter()
 }
 
-/// Codebooks `(sets, M, K, C')` as panels of `rows` codewords for
-/// [`tile`], zeros where the last panel is not full.
-fn pack_codebooks(pq: PqGeometry, codebooks: &[f32], rows: usize) -> Vec<f32> {
+/// Codebooks `(sets, M, K, C')` as panels of `rows` codewords for [`tile`], at
+/// least `n_rows` in all. Codewords beyond the last are zeros.
+pub(super) fn pack_codebooks(
+    pq: PqGeometry,
+    codebooks: &[f32],
+    n_rows: usize,
+    rows: usize,
+) -> Vec<f32> {
     let mut packed = Vec::new();
     for codebook in codebooks.chunks_exact(pq.n_centroids * pq.subvector_dim) {
-        for first in (0..pq.n_centroids).step_by(rows) {
+        for first in (0..n_rows).step_by(rows) {
             for j in 0..pq.subvector_dim {
                 packed.extend((first..first + rows).map(|k| {
                     if k < pq.n_centroids {

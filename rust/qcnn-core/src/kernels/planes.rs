@@ -104,12 +104,24 @@ impl Planes {
         (tile[0] - 1) * self.width + tile[1]
     }
 
+    /// Rows of each phase.
+    pub(crate) fn height(&self) -> usize {
+        self.height
+    }
+
     /// Whether a channel of the input is already what [`fill`](Self::fill)
     /// would make of it for the whole map.
     pub(crate) fn is_identity(&self, geometry: &ConvGeometry) -> bool {
         geometry.padding == crate::geometry::Padding::default()
             && geometry.stride == [1, 1]
             && [self.height, self.width] == geometry.in_size
+    }
+
+    /// Phase, row and column within the phase that tap `i` reads for output
+    /// (0, 0).
+    pub(crate) fn tap(&self, i: usize) -> [usize; 3] {
+        let (row, x) = (self.taps[i] / self.width, self.taps[i] % self.width);
+        [row / self.height, row % self.height, x]
     }
 
     /// Copy from `channel` what the tile whose first output is `origin` reads
@@ -121,9 +133,21 @@ impl Planes {
         channel: &[f32],
         plane: &mut [f32],
     ) {
+        self.fill_rows(geometry, origin, channel, plane, self.width);
+    }
+
+    /// As [`fill`](Self::fill), with the rows of the plane at distance `pitch`.
+    pub(crate) fn fill_rows(
+        &self,
+        geometry: &ConvGeometry,
+        origin: [usize; 2],
+        channel: &[f32],
+        plane: &mut [f32],
+        pitch: usize,
+    ) {
         let [in_height, in_width] = geometry.in_size;
         let stride = geometry.stride;
-        let mut rows = plane.chunks_exact_mut(self.width);
+        let mut rows = plane.chunks_mut(pitch).map(|row| &mut row[..self.width]);
         for &[phase_y, phase_x] in &self.phases {
             // Columns of the plane that lie in the input: the first pixel of
             // column x is x * stride + first, counted from the input's left edge
