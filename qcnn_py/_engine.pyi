@@ -4,27 +4,28 @@ from typing import Any, final
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Session", "__version__", "available_isas", "check", "read", "write"]
+__all__ = ["Network", "Session", "__version__", "available_isas"]
 
 __version__: str
 
 def available_isas() -> list[str]: ...
-def check(
-    graph: str, tensors: Mapping[str, npt.NDArray[Any]]
-) -> tuple[str, dict[str, tuple[int, ...]]]: ...
-def read(
-    path: str,
-) -> tuple[str, dict[str, npt.NDArray[Any]], dict[str, tuple[int, ...]]]: ...
-def write(path: str, graph: str, tensors: Mapping[str, npt.NDArray[Any]]) -> None: ...
+
+@final
+class Network:
+    def __new__(cls, graph: str, tensors: Mapping[str, npt.NDArray[Any]]) -> Network: ...
+    @staticmethod
+    def read(path: str) -> Network: ...
+    def write(self, path: str) -> None: ...
+    @property
+    def graph(self) -> str: ...
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]: ...
+    def tensors(self) -> dict[str, npt.NDArray[Any]]: ...
 
 @final
 class Session:
     def __new__(
-        cls,
-        graph: str,
-        tensors: Mapping[str, npt.NDArray[Any]],
-        precision: str,
-        isa: str | None,
+        cls, network: Network, precision: str, isa: str | None
     ) -> Session: ...
     @property
     def isa(self) -> str: ...

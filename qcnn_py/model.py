@@ -75,9 +75,7 @@ class Model:
             raise ConfigError(f"threads is {threads!r}, expected an integer from 1")
         self._network = network
         self._threads = threads
-        self._session = _engine.Session(
-            network.to_json(), dict(network.tensors), precision, isa
-        )
+        self._session = _engine.Session(network.to_engine(), precision, isa)
 
     @property
     def network(self) -> Network:

@@ -195,18 +195,21 @@ class Network:
             "output": output,
             "metadata": dict(metadata or {}),
         }
-        canonical, shapes = _engine.check(_dump(graph), arrays)
-        self._set(json.loads(canonical), arrays, shapes)
+        self._set(_engine.Network(_dump(graph), arrays), arrays)
 
     def _set(
         self,
-        graph: dict[str, Any],
-        arrays: Mapping[str, npt.NDArray[Any]],
-        shapes: Mapping[str, tuple[int, ...]],
+        checked: _engine.Network,
+        arrays: Mapping[str, npt.NDArray[Any]] | None,
     ) -> None:
-        self._graph = graph
-        self._tensors = MappingProxyType(dict(arrays))
-        self._shapes = MappingProxyType(dict(shapes))
+        graph = json.loads(checked.graph)
+        self._graph: dict[str, Any] = graph
+        self._shapes = MappingProxyType(checked.shapes)
+        # The tensors are held once: by the engine, packed as in the file they come
+        # from, or as arrays.
+        self._tensors: Mapping[str, npt.NDArray[Any]] | _engine.Network = (
+            checked if arrays is None else MappingProxyType(dict(arrays))
+        )
         self._nodes = tuple(
             Node(
                 name=node["name"],
@@ -222,6 +225,9 @@ class Network:
     def load(cls, path: str | PathLike[str]) -> Self:
         """Read a ``.qcnn`` file.
 
+        The tensors stay packed as in the file until :attr:`tensors` is used;
+        running or saving the network does not need them as arrays.
+
         Raises
         ------
         ModelFormatError
@@ -229,10 +235,8 @@ class Network:
         OSError
             If it cannot be read.
         """
-        graph, arrays, shapes = _engine.read(fspath(path))
         network = cls.__new__(cls)
-        frozen = {name: _frozen(name, array) for name, array in arrays.items()}
-        network._set(json.loads(graph), frozen, shapes)
+        network._set(_engine.Network.read(fspath(path)), None)
         return network
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -240,7 +244,14 @@ class Network:
 
         The same network always gives the same bytes.
         """
-        _engine.write(fspath(path), self.to_json(), dict(self._tensors))
+        self.to_engine().write(fspath(path))
+
+    def to_engine(self) -> _engine.Network:
+        """Return the network as the engine holds it."""
+        tensors = self._tensors
+        if isinstance(tensors, _engine.Network):
+            return tensors
+        return _engine.Network(self.to_json(), dict(tensors))
 
     def to_json(self) -> str:
         """Return the graph, without tensors, as in a ``.qcnn`` file."""
@@ -279,7 +290,14 @@ class Network:
     @property
     def tensors(self) -> Mapping[str, npt.NDArray[Any]]:
         """Read-only arrays by name."""
-        return self._tensors
+        tensors = self._tensors
+        if isinstance(tensors, _engine.Network):
+            arrays = tensors.tensors()
+            tensors = MappingProxyType(
+                {name: _frozen(name, array) for name, array in arrays.items()}
+            )
+            self._tensors = tensors
+        return tensors
 
     @property
     def input_name(self) -> str:
@@ -395,7 +413,7 @@ class Network:
             Entries added to the metadata.
         """
         changed = nodes or {}
-        arrays: dict[str, Any] = {**self._tensors, **(tensors or {})}
+        arrays: dict[str, Any] = {**self.tensors, **(tensors or {})}
         return Network(
             [changed.get(node.name, node) for node in self._nodes],
             {name: array for name, array in arrays.items() if array is not None},
@@ -441,9 +459,9 @@ class Network:
     def quantized_weights(self, name: str) -> QuantizedWeights:
         """Return codebooks, codes and bias of the quantised layer `name`."""
         return QuantizedWeights(
-            codebooks=self._tensors[f"{name}.codebooks"],
-            codes=self._tensors[f"{name}.codes"],
-            bias=self._tensors.get(f"{name}.bias"),
+            codebooks=self.tensors[f"{name}.codebooks"],
+            codes=self.tensors[f"{name}.codes"],
+            bias=self.tensors.get(f"{name}.bias"),
         )
 
     def decoded(self) -> Network:
@@ -495,7 +513,7 @@ class Network:
         names = {node.name for node in kept}
         return Network(
             reversed(kept),
-            {k: v for k, v in self._tensors.items() if k.rsplit(".", 1)[0] in names},
+            {k: v for k, v in self.tensors.items() if k.rsplit(".", 1)[0] in names},
             self._shapes[start],
             output=output,
             input_name=start,
@@ -514,7 +532,7 @@ class Network:
             for value in node.inputs:
                 users.setdefault(value, []).append(node.name)
         nodes = dict(self._by_name)
-        tensors: dict[str, Any] = dict(self._tensors)
+        tensors: dict[str, Any] = dict(self.tensors)
         renamed: dict[str, str] = {}
         for norm in self._nodes:
             layer = self._by_name.get(norm.inputs[0]) if norm.inputs else None

@@ -23,7 +23,7 @@ use crate::error::{Error, Result, bail_format};
 use crate::graph::{
     Geometry, Graph, Layout, Network, PqGeometry, Tensor, TensorData, TensorSpec, Tensors,
 };
-use crate::pack::{pack, packed_len, unpack};
+use crate::pack::{pack, packed_len};
 
 /// Version of the format this crate reads and writes.
 pub const FORMAT_VERSION: u32 = 1;
@@ -120,7 +120,7 @@ pub fn from_bytes(bytes: &[u8]) -> Result<Network> {
                 on_disk.shape
             );
         }
-        let data = on_disk.decode(name, view.data())?;
+        let data = on_disk.decode(view.data());
         let shape = spec.shape.clone();
         tensors.insert(name.to_owned(), Tensor { shape, data });
     }
@@ -153,9 +153,8 @@ struct OnDisk {
 
 enum Encoding {
     Floats,
-    /// Codes of `bits` bits, `n` of them.
+    /// Codes of `bits` bits.
     Codes {
-        n: usize,
         bits: u32,
     },
     /// `(sets, M, K, dsub)` in memory, `(sets, K, channels)` on disk.
@@ -174,7 +173,7 @@ impl OnDisk {
             return Self {
                 dtype: Dtype::U8,
                 shape: vec![packed_len(n, bits)],
-                encoding: Encoding::Codes { n, bits },
+                encoding: Encoding::Codes { bits },
             };
         }
         if let Some(node) = name.strip_suffix(".codebooks") {
@@ -204,14 +203,14 @@ impl OnDisk {
     }
 
     /// `bytes` has the length that `dtype` and `shape` imply.
-    fn decode(&self, name: &str, bytes: &[u8]) -> Result<TensorData> {
+    fn decode(&self, bytes: &[u8]) -> TensorData {
         let floats = || -> Vec<f32> {
             let (chunks, _) = bytes.as_chunks::<4>();
             chunks.iter().map(|b| f32::from_le_bytes(*b)).collect()
         };
-        Ok(match self.encoding {
+        match self.encoding {
             Encoding::Floats => TensorData::F32(floats()),
-            Encoding::Codes { n, bits } => TensorData::Codes(unpack(name, bytes, n, bits)?),
+            Encoding::Codes { .. } => TensorData::PackedCodes(bytes.to_vec()),
             Encoding::Codebooks { pq, channels } => {
                 let stored = floats();
                 let mut books =
@@ -224,22 +223,23 @@ impl OnDisk {
                 });
                 TensorData::F32(books)
             }
-        })
+        }
     }
 
-    fn encode(&self, data: &TensorData) -> Vec<u8> {
+    fn encode<'a>(&self, data: &'a TensorData) -> Cow<'a, [u8]> {
         let bytes = |floats: &[f32]| floats.iter().flat_map(|v| v.to_le_bytes()).collect();
         match (&self.encoding, data) {
-            (&Encoding::Codes { bits, .. }, TensorData::Codes(codes)) => pack(codes, bits),
+            (_, TensorData::PackedCodes(packed)) => Cow::Borrowed(packed),
+            (&Encoding::Codes { bits }, TensorData::Codes(codes)) => Cow::Owned(pack(codes, bits)),
             (&Encoding::Codebooks { pq, channels }, TensorData::F32(books)) => {
                 let mut stored = vec![0.0; pq.codebook_groups * pq.n_centroids * channels];
                 for_each_codeword(pq, channels, |padded, real| {
                     let n = real.len();
                     stored[real].copy_from_slice(&books[padded..padded + n]);
                 });
-                bytes(&stored)
+                Cow::Owned(bytes(&stored))
             }
-            (_, TensorData::F32(floats)) => bytes(floats),
+            (_, TensorData::F32(floats)) => Cow::Owned(bytes(floats)),
             (_, TensorData::Codes(_)) => unreachable!("a network's codes have a code spec"),
         }
     }
@@ -280,7 +280,7 @@ impl View for EncodedTensor<'_> {
     }
 
     fn data(&self) -> Cow<'_, [u8]> {
-        Cow::Owned(self.on_disk.encode(&self.tensor.data))
+        self.on_disk.encode(&self.tensor.data)
     }
 
     fn data_len(&self) -> usize {
@@ -337,7 +337,16 @@ mod tests {
         let bytes = to_bytes(&network).unwrap();
         let again = from_bytes(&bytes).unwrap();
         assert_eq!(again.graph(), network.graph());
-        assert_eq!(again.tensors(), network.tensors());
+        for (name, tensor) in network.tensors() {
+            match &tensor.data {
+                // They stay packed.
+                TensorData::Codes(codes) => {
+                    let node = name.strip_suffix(".codes").unwrap();
+                    assert_eq!(again.codes(node).unwrap(), codes.as_slice());
+                }
+                _ => assert_eq!(again.tensors()[name], *tensor),
+            }
+        }
         assert_eq!(to_bytes(&again).unwrap(), bytes);
     }
 

@@ -4,12 +4,14 @@
 //! it once (names, order, shapes, tensors, codes), after which every other
 //! module may rely on what it holds.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Result, bail_format, bail_shape};
 use crate::geometry::{ConvGeometry, PoolGeometry, checked_product};
+use crate::pack::{check_packed, unpack};
 
 /// Largest codebook: codes are at most 16 bits wide.
 pub const MAX_CENTROIDS: usize = 1 << 16;
@@ -156,6 +158,9 @@ pub enum TensorData {
     F32(Vec<f32>),
     /// Codes, one per sub-vector.
     Codes(Vec<u16>),
+    /// The same as a bit stream, see [`crate::pack`]: less than half the memory,
+    /// unpacked a layer at a time where they are needed.
+    PackedCodes(Vec<u8>),
 }
 
 /// A tensor with its shape.
@@ -658,14 +663,21 @@ impl Network {
     pub fn floats(&self, node: &str, suffix: &str) -> Option<&[f32]> {
         match &self.tensors.get(&format!("{node}.{suffix}"))?.data {
             TensorData::F32(data) => Some(data),
-            TensorData::Codes(_) => None,
+            TensorData::Codes(_) | TensorData::PackedCodes(_) => None,
         }
     }
 
-    /// The codes of a product-quantised node.
-    pub fn codes(&self, node: &str) -> Option<&[u16]> {
-        match &self.tensors.get(&format!("{node}.codes"))?.data {
-            TensorData::Codes(data) => Some(data),
+    /// The codes of a product-quantised node, unpacked if necessary.
+    pub fn codes(&self, node: &str) -> Option<Cow<'_, [u16]>> {
+        let name = format!("{node}.codes");
+        let spec = self.layout.tensors.get(&name)?;
+        let pq = spec.codes?;
+        match &self.tensors[&name].data {
+            TensorData::Codes(codes) => Some(Cow::Borrowed(codes)),
+            TensorData::PackedCodes(bytes) => {
+                let n = spec.shape.iter().product();
+                Some(Cow::Owned(unpack(bytes, n, pq.code_bits())))
+            }
             TensorData::F32(_) => None,
         }
     }
@@ -680,6 +692,15 @@ fn check_tensor(name: &str, spec: &TensorSpec, tensor: &Tensor) -> Result<()> {
         );
     }
     let elements: usize = spec.shape.iter().product();
+    let too_large = |codes: &[u16], pq: &PqGeometry| {
+        let i = codes
+            .iter()
+            .position(|&c| usize::from(c) >= pq.n_centroids)?;
+        Some(format!(
+            "is {} at element {i}, expected codes below n_centroids = {}",
+            codes[i], pq.n_centroids
+        ))
+    };
     let (found, problem) = match (&tensor.data, &spec.codes) {
         (TensorData::F32(data), None) => (
             data.len(),
@@ -687,19 +708,21 @@ fn check_tensor(name: &str, spec: &TensorSpec, tensor: &Tensor) -> Result<()> {
                 .position(|v| !v.is_finite())
                 .map(|i| format!("is {} at element {i}, expected finite numbers", data[i])),
         ),
-        (TensorData::Codes(data), Some(pq)) => (
-            data.len(),
-            data.iter()
-                .position(|&c| usize::from(c) >= pq.n_centroids)
-                .map(|i| {
-                    format!(
-                        "is {} at element {i}, expected codes below n_centroids = {}",
-                        data[i], pq.n_centroids
-                    )
-                }),
-        ),
+        (TensorData::Codes(data), Some(pq)) => (data.len(), too_large(data, pq)),
+        (TensorData::PackedCodes(bytes), Some(pq)) => {
+            let bits = pq.code_bits();
+            check_packed(name, bytes, elements, bits)?;
+            // Where every code that fits the bits is one, there is nothing to
+            // look for.
+            let problem = if pq.n_centroids == 1 << bits {
+                None
+            } else {
+                too_large(&unpack(bytes, elements, bits), pq)
+            };
+            (elements, problem)
+        }
         (TensorData::F32(_), Some(_)) => bail_format!("tensor {name:?} is float32, expected codes"),
-        (TensorData::Codes(_), None) => {
+        (TensorData::Codes(_) | TensorData::PackedCodes(_), None) => {
             bail_format!("tensor {name:?} holds codes, expected float32")
         }
     };

@@ -35,8 +35,9 @@ pub fn pack(codes: &[u16], bits: u32) -> Vec<u8> {
     bytes
 }
 
-/// Unpack `n` codes of `bits` bits (1 to 16); `what` names them in errors.
-pub fn unpack(what: &str, bytes: &[u8], n: usize, bits: u32) -> Result<Vec<u16>> {
+/// Check the length of `n` packed codes and the unused bits; `what` names them
+/// in errors.
+pub fn check_packed(what: &str, bytes: &[u8], n: usize, bits: u32) -> Result<()> {
     if bytes.len() != packed_len(n, bits) {
         bail_format!(
             "{what}: {} bytes of packed codes, expected {} ({n} codes of {bits} bits)",
@@ -44,24 +45,28 @@ pub fn unpack(what: &str, bytes: &[u8], n: usize, bits: u32) -> Result<Vec<u16>>
             packed_len(n, bits)
         );
     }
-    let mask = (1u32 << bits) - 1;
-    let mut codes = Vec::with_capacity(n);
-    let mut rest = bytes.iter();
-    let (mut pending, mut n_pending) = (0u32, 0u32);
-    for _ in 0..n {
-        while n_pending < bits {
-            let byte = rest.next().expect("the length was checked above");
-            pending |= u32::from(*byte) << n_pending;
-            n_pending += 8;
-        }
-        codes.push((pending & mask) as u16);
-        pending >>= bits;
-        n_pending -= bits;
-    }
-    if pending != 0 {
+    let unused = bytes.len() * 8 - n * bits as usize;
+    if bytes
+        .last()
+        .is_some_and(|last| last.leading_zeros() < unused as u32)
+    {
         bail_format!("{what}: unused bits of the last byte are not zero");
     }
-    Ok(codes)
+    Ok(())
+}
+
+/// Unpack `n` codes of `bits` bits (1 to 16), which [`check_packed`] has passed.
+pub fn unpack(bytes: &[u8], n: usize, bits: u32) -> Vec<u16> {
+    let mut codes = Vec::with_capacity(n.next_multiple_of(8));
+    // Eight codes start and end at byte boundaries.
+    for chunk in bytes.chunks(bits as usize) {
+        let mut eight = [0; 16];
+        eight[..chunk.len()].copy_from_slice(chunk);
+        let eight = u128::from_le_bytes(eight);
+        codes.extend((0..8).map(|i| (eight >> (i * bits)) as u16 & (((1u32 << bits) - 1) as u16)));
+    }
+    codes.truncate(n);
+    codes
 }
 
 #[cfg(test)]
@@ -78,10 +83,11 @@ mod tests {
 
     #[test]
     fn refuses_wrong_lengths_and_stray_bits() {
-        assert!(unpack("x", &[0, 0, 0], 3, 3).is_err());
-        assert!(unpack("x", &[0], 3, 3).is_err());
-        assert!(unpack("x", &[0, 0b10], 3, 3).is_err());
-        assert!(unpack("x", &[0, 0b1], 3, 3).is_ok());
+        assert!(check_packed("x", &[0, 0, 0], 3, 3).is_err());
+        assert!(check_packed("x", &[0], 3, 3).is_err());
+        assert!(check_packed("x", &[0, 0b10], 3, 3).is_err());
+        assert!(check_packed("x", &[0, 0b1], 3, 3).is_ok());
+        assert!(check_packed("x", &[], 0, 3).is_ok());
     }
 
     proptest! {
@@ -90,7 +96,8 @@ mod tests {
             let codes: Vec<u16> = raw.iter().map(|c| (u32::from(*c) & ((1 << bits) - 1)) as u16).collect();
             let bytes = pack(&codes, bits);
             prop_assert_eq!(bytes.len(), packed_len(codes.len(), bits));
-            prop_assert_eq!(unpack("x", &bytes, codes.len(), bits).unwrap(), codes);
+            prop_assert!(check_packed("x", &bytes, codes.len(), bits).is_ok());
+            prop_assert_eq!(unpack(&bytes, codes.len(), bits), codes);
         }
     }
 }

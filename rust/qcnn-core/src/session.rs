@@ -341,12 +341,14 @@ fn plan_action(
     let shape = network.shape(&node.inputs[0]);
     let (channels, pixels) = (shape[0], shape[1..].iter().product());
     let parameter = |suffix: &str| network.floats(&node.name, suffix);
+    // Unpacked for as long as this layer is planned.
+    let codes = network.codes(&node.name);
     let weights = |pq: &Option<PqGeometry>| match *pq {
         None => Weights::Dense(parameter("weight").expect("checked by Network::new")),
         Some(geometry) => Weights::ProductQuantized {
             geometry,
             codebooks: parameter("codebooks").expect("checked by Network::new"),
-            codes: network.codes(&node.name).expect("checked by Network::new"),
+            codes: codes.as_deref().expect("checked by Network::new"),
         },
     };
     Ok(match (&node.op, geometry) {

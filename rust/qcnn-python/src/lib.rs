@@ -89,75 +89,80 @@ fn tensors_from_python(tensors: &Bound<'_, PyDict>) -> PyResult<Tensors> {
     Ok(out)
 }
 
-fn network_from_python(
-    py: Python<'_>,
-    graph: &str,
-    tensors: &Bound<'_, PyDict>,
-) -> PyResult<Network> {
-    let tensors = tensors_from_python(tensors)?;
-    detached(py, || Network::new(Graph::from_json(graph)?, tensors))
-}
-
-fn shapes_to_python<'py>(py: Python<'py>, network: &Network) -> PyResult<Bound<'py, PyDict>> {
-    let shapes = PyDict::new(py);
-    let graph = network.graph();
-    let values = std::iter::once(&graph.input.name).chain(graph.nodes.iter().map(|n| &n.name));
-    for name in values {
-        shapes.set_item(name, PyTuple::new(py, network.shape(name))?)?;
-    }
-    Ok(shapes)
-}
-
 /// Instruction-set levels of this machine, slowest first.
 #[pyfunction]
 fn available_isas() -> Vec<&'static str> {
     Isa::available().iter().map(|isa| isa.name()).collect()
 }
 
-/// Check a network; return its graph in canonical form and all shapes.
-#[pyfunction]
-fn check<'py>(
-    py: Python<'py>,
-    graph: &str,
-    tensors: &Bound<'py, PyDict>,
-) -> PyResult<(String, Bound<'py, PyDict>)> {
-    let network = network_from_python(py, graph, tensors)?;
-    Ok((network.graph().to_json(), shapes_to_python(py, &network)?))
+/// A checked network outside of Python. Codes read from a file stay packed.
+#[pyclass(frozen, module = "qcnn_py._engine", name = "Network")]
+struct PyNetwork {
+    network: Network,
 }
 
-/// Read a `.qcnn` file: graph, tensors and shapes.
-#[pyfunction]
-fn read(py: Python<'_>, path: PathBuf) -> PyResult<(String, Bound<'_, PyDict>, Bound<'_, PyDict>)> {
-    let network = detached(py, || container::read(&path))?;
-    let tensors = PyDict::new(py);
-    for (name, tensor) in network.tensors() {
-        let shape = tensor.shape.as_slice();
-        let array = match &tensor.data {
-            TensorData::F32(floats) => floats.to_pyarray(py).reshape(shape)?.into_any(),
-            TensorData::Codes(codes) => {
-                let spec = network.layout().tensors[name].codes;
+#[pymethods]
+impl PyNetwork {
+    /// Check a network.
+    #[new]
+    fn new(py: Python<'_>, graph: &str, tensors: &Bound<'_, PyDict>) -> PyResult<Self> {
+        let tensors = tensors_from_python(tensors)?;
+        let network = detached(py, || Network::new(Graph::from_json(graph)?, tensors))?;
+        Ok(Self { network })
+    }
+
+    /// Read a `.qcnn` file.
+    #[staticmethod]
+    fn read(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
+        let network = detached(py, || container::read(&path))?;
+        Ok(Self { network })
+    }
+
+    /// Write a `.qcnn` file.
+    fn write(&self, py: Python<'_>, path: PathBuf) -> PyResult<()> {
+        detached(py, || container::write(&path, &self.network))
+    }
+
+    /// The graph in canonical form.
+    #[getter]
+    fn graph(&self) -> String {
+        self.network.graph().to_json()
+    }
+
+    /// Shape of every value.
+    #[getter]
+    fn shapes<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let shapes = PyDict::new(py);
+        let graph = self.network.graph();
+        let values = std::iter::once(&graph.input.name).chain(graph.nodes.iter().map(|n| &n.name));
+        for name in values {
+            shapes.set_item(name, PyTuple::new(py, self.network.shape(name))?)?;
+        }
+        Ok(shapes)
+    }
+
+    /// Copies of all tensors, codes unpacked.
+    fn tensors<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let tensors = PyDict::new(py);
+        for (name, tensor) in self.network.tensors() {
+            let array = if let TensorData::F32(floats) = &tensor.data {
+                floats.to_pyarray(py).into_any()
+            } else {
+                let node = name.strip_suffix(".codes").unwrap_or(name);
+                let codes = self.network.codes(node).unwrap_or_default();
+                let spec = self.network.layout().tensors[name].codes;
                 if spec.is_some_and(|pq| pq.n_centroids <= 256) {
                     let narrow: Vec<u8> = codes.iter().map(|&c| c as u8).collect();
-                    narrow.to_pyarray(py).reshape(shape)?.into_any()
+                    narrow.to_pyarray(py).into_any()
                 } else {
-                    codes.to_pyarray(py).reshape(shape)?.into_any()
+                    codes.to_pyarray(py).into_any()
                 }
-            }
-        };
-        tensors.set_item(name, array)?;
+            };
+            let shape = PyTuple::new(py, &tensor.shape)?;
+            tensors.set_item(name, array.call_method1("reshape", (shape,))?)?;
+        }
+        Ok(tensors)
     }
-    Ok((
-        network.graph().to_json(),
-        tensors,
-        shapes_to_python(py, &network)?,
-    ))
-}
-
-/// Write a `.qcnn` file.
-#[pyfunction]
-fn write(py: Python<'_>, path: PathBuf, graph: &str, tensors: &Bound<'_, PyDict>) -> PyResult<()> {
-    let network = network_from_python(py, graph, tensors)?;
-    detached(py, || container::write(&path, &network))
 }
 
 /// A network planned for this machine.
@@ -216,18 +221,17 @@ impl PySession {
     #[new]
     fn new(
         py: Python<'_>,
-        graph: &str,
-        tensors: &Bound<'_, PyDict>,
+        network: &Bound<'_, PyNetwork>,
         precision: &str,
         isa: Option<&str>,
     ) -> PyResult<Self> {
-        let network = network_from_python(py, graph, tensors)?;
+        let network = &network.get().network;
         detached(py, || {
             let options = Options {
                 isa: isa.map(str::parse).transpose()?,
                 precision: precision.parse()?,
             };
-            let session = Session::new(&network, options)?;
+            let session = Session::new(network, options)?;
             let bytes = session.workspace_bytes(1).max(1);
             let graph = network.graph();
             let node_shapes = graph
@@ -350,9 +354,7 @@ impl PySession {
 #[pymodule(gil_used = false)]
 fn _engine(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(available_isas, module)?)?;
-    module.add_function(wrap_pyfunction!(check, module)?)?;
-    module.add_function(wrap_pyfunction!(read, module)?)?;
-    module.add_function(wrap_pyfunction!(write, module)?)?;
+    module.add_class::<PyNetwork>()?;
     module.add_class::<PySession>()?;
     module.add("__version__", env!("CARGO_PKG_VERSION"))
 }

@@ -137,12 +137,13 @@ fn interpret_node(
     let channels = shape[0];
     let pixels: usize = shape[1..].iter().product();
     let parameter = |suffix: &str| network.floats(name, suffix);
+    let codes = network.codes(name);
     let weights = |pq: &Option<_>| match *pq {
         None => Weights::Dense(parameter("weight").unwrap()),
         Some(geometry) => Weights::ProductQuantized {
             geometry,
             codebooks: parameter("codebooks").unwrap(),
-            codes: network.codes(name).unwrap(),
+            codes: codes.as_deref().unwrap(),
         },
     };
     let map = |f: &dyn Fn(f64) -> f64| x.iter().map(|v| f(f64::from(*v)) as f32).collect();
