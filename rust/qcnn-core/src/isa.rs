@@ -196,6 +196,8 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
     type F32: Copy + fmt::Debug;
     /// A vector of 16-bit integers, twice as many.
     type I16: Copy + fmt::Debug;
+    /// A vector of 32-bit integers, as many as float32 values.
+    type I32: Copy + fmt::Debug;
 
     /// The token, if the CPU has the level.
     fn new() -> Option<Self>;
@@ -233,11 +235,30 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
     fn add_i16(self, a: Self::I16, b: Self::I16) -> Self::I16;
 
     /// The values of `low`, then those of `high`, rounded to nearest. Values
-    /// beyond the range, and NaN, give any number.
+    /// beyond the range of the result, and NaN, give any number.
     fn round_i16(self, low: Self::F32, high: Self::F32) -> Self::I16;
 
     /// The inverse of [`round_i16`](Self::round_i16).
     fn widen_i16(self, vector: Self::I16) -> [Self::F32; 2];
+
+    /// Pairs of the lanes of `a` and `b`, those of even lanes and those of odd
+    /// lanes: `a[0] b[0] a[2] b[2] ...` and `a[1] b[1] a[3] b[3] ...`.
+    fn zip_i16(self, a: Self::I16, b: Self::I16) -> [Self::I16; 2];
+
+    /// Every pair of lanes `pair`, the lower lane in the lower bits.
+    fn splat_pair(self, pair: i32) -> Self::I16;
+
+    /// Every lane `value`.
+    fn splat_i32(self, value: i32) -> Self::I32;
+
+    /// `c + a[2i] * b[2i] + a[2i + 1] * b[2i + 1]`, modulo 2^32.
+    fn dot_i16(self, a: Self::I16, b: Self::I16, c: Self::I32) -> Self::I32;
+
+    /// The upper halves of each value, those of `even` in even lanes.
+    fn upper_halves(self, even: Self::I32, odd: Self::I32) -> Self::I16;
+
+    /// As float32, in turns from `even` and `odd`.
+    fn interleave_i32(self, even: Self::I32, odd: Self::I32) -> [Self::F32; 2];
 
     /// Lane `i` becomes lane `i + distance`; the last `distance` lanes become
     /// any of the others.
@@ -351,6 +372,27 @@ mod tests {
             expected.insert(0, 7);
             expected.push(7);
             assert_eq!(words, expected, "{}", S::NAME);
+
+            let a: Vec<i16> = (0..lanes).map(|i| 1000 * i as i16 - 15_000).collect();
+            let b: Vec<i16> = (0..lanes).map(|i| 77 - 501 * i as i16).collect();
+            let pair = 3 | (-2 << 16);
+            let mut products = vec![0i16; lanes];
+            let mut floats = vec![0f32; lanes];
+            // SAFETY: all buffers hold a vector of 16-bit lanes, `floats` two.
+            unsafe {
+                let [even, odd] = s.zip_i16(s.load_i16(a.as_ptr()), s.load_i16(b.as_ptr()));
+                let even = s.dot_i16(even, s.splat_pair(pair), s.splat_i32(1 << 15));
+                let odd = s.dot_i16(odd, s.splat_pair(pair), s.splat_i32(1 << 15));
+                s.store_i16(products.as_mut_ptr(), s.upper_halves(even, odd));
+                let [low, high] = s.interleave_i32(even, odd);
+                s.store(floats.as_mut_ptr(), low);
+                s.store(floats.as_mut_ptr().add(S::LANES), high);
+            }
+            for i in 0..lanes {
+                let sum = 3 * i32::from(a[i]) - 2 * i32::from(b[i]) + (1 << 15);
+                assert_eq!(i32::from(products[i]), sum >> 16, "{} {i}", S::NAME);
+                assert_eq!(floats[i], sum as f32, "{} {i}", S::NAME);
+            }
         }
     }
 

@@ -1,12 +1,13 @@
 //! The AVX2 level.
 
 use std::arch::x86_64::{
-    __m256, __m256i, _mm256_add_epi16, _mm256_add_epi32, _mm256_add_ps, _mm256_castsi256_si128,
-    _mm256_cvtepi16_epi32, _mm256_cvtepi32_ps, _mm256_cvtps_epi32, _mm256_extracti128_si256,
-    _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_or_si256, _mm256_packs_epi32,
+    __m256, __m256i, _mm256_add_epi16, _mm256_add_epi32, _mm256_add_ps, _mm256_blend_epi16,
+    _mm256_castsi256_si128, _mm256_cvtepi16_epi32, _mm256_cvtepi32_ps, _mm256_cvtps_epi32,
+    _mm256_extracti128_si256, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256,
+    _mm256_madd_epi16, _mm256_or_si256, _mm256_packs_epi32, _mm256_permute2x128_si256,
     _mm256_permute4x64_epi64, _mm256_permutevar8x32_epi32, _mm256_set1_epi32, _mm256_set1_ps,
     _mm256_setr_epi32, _mm256_setzero_si256, _mm256_slli_epi32, _mm256_srli_epi32,
-    _mm256_storeu_ps, _mm256_storeu_si256,
+    _mm256_storeu_ps, _mm256_storeu_si256, _mm256_unpackhi_epi32, _mm256_unpacklo_epi32,
 };
 
 use super::{Simd, Task};
@@ -21,6 +22,7 @@ impl Simd for Avx2 {
     const REGISTERS: usize = 16;
     type F32 = __m256;
     type I16 = __m256i;
+    type I32 = __m256i;
 
     /// Asks if the CPU has AVX2 and FMA.
     fn new() -> Option<Self> {
@@ -100,6 +102,55 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn zip_i16(self, a: __m256i, b: __m256i) -> [__m256i; 2] {
+        // SAFETY: `self` proves AVX2.
+        unsafe {
+            [
+                _mm256_blend_epi16::<ODD_LANES>(a, _mm256_slli_epi32::<16>(b)),
+                _mm256_blend_epi16::<ODD_LANES>(_mm256_srli_epi32::<16>(a), b),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn splat_pair(self, pair: i32) -> __m256i {
+        // SAFETY: `self` proves AVX, which AVX2 includes.
+        unsafe { _mm256_set1_epi32(pair) }
+    }
+
+    #[inline(always)]
+    fn splat_i32(self, value: i32) -> __m256i {
+        // SAFETY: `self` proves AVX, which AVX2 includes.
+        unsafe { _mm256_set1_epi32(value) }
+    }
+
+    #[inline(always)]
+    fn dot_i16(self, a: __m256i, b: __m256i, c: __m256i) -> __m256i {
+        // SAFETY: `self` proves AVX2.
+        unsafe { _mm256_add_epi32(_mm256_madd_epi16(a, b), c) }
+    }
+
+    #[inline(always)]
+    fn upper_halves(self, even: __m256i, odd: __m256i) -> __m256i {
+        // SAFETY: `self` proves AVX2.
+        unsafe { _mm256_blend_epi16::<ODD_LANES>(_mm256_srli_epi32::<16>(even), odd) }
+    }
+
+    #[inline(always)]
+    fn interleave_i32(self, even: __m256i, odd: __m256i) -> [__m256; 2] {
+        // SAFETY: `self` proves AVX2.
+        unsafe {
+            // Unpacking works within halves: elements 0 1 | 4 5, 2 3 | 6 7.
+            let low = _mm256_unpacklo_epi32(even, odd);
+            let high = _mm256_unpackhi_epi32(even, odd);
+            [
+                _mm256_cvtepi32_ps(_mm256_permute2x128_si256::<0x20>(low, high)),
+                _mm256_cvtepi32_ps(_mm256_permute2x128_si256::<0x31>(low, high)),
+            ]
+        }
+    }
+
+    #[inline(always)]
     fn shift_i16(self, vector: __m256i, distance: usize) -> __m256i {
         // SAFETY: `self` proves AVX2.
         unsafe {
@@ -128,3 +179,6 @@ impl Simd for Avx2 {
         unsafe { _mm256_storeu_si256(target.cast(), vector) }
     }
 }
+
+/// Every second lane of 16 bits, of 8.
+const ODD_LANES: i32 = 0b1010_1010;

@@ -1,11 +1,13 @@
 //! The AVX-512 level.
 
 use std::arch::x86_64::{
-    __m512, __m512i, _mm512_add_epi16, _mm512_add_ps, _mm512_castsi256_si512,
+    __m512, __m512i, _mm512_add_epi16, _mm512_add_epi32, _mm512_add_ps, _mm512_castsi256_si512,
     _mm512_castsi512_si256, _mm512_cvtepi16_epi32, _mm512_cvtepi32_ps, _mm512_cvtps_epi32,
     _mm512_cvtsepi32_epi16, _mm512_extracti64x4_epi64, _mm512_fmadd_ps, _mm512_inserti64x4,
-    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_permutexvar_epi16, _mm512_set1_epi16,
-    _mm512_set1_ps, _mm512_setzero_si512, _mm512_storeu_ps, _mm512_storeu_si512,
+    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_madd_epi16, _mm512_mask_blend_epi16,
+    _mm512_permutex2var_epi32, _mm512_permutexvar_epi16, _mm512_set1_epi16, _mm512_set1_epi32,
+    _mm512_set1_ps, _mm512_setzero_si512, _mm512_slli_epi32, _mm512_srli_epi32, _mm512_storeu_ps,
+    _mm512_storeu_si512,
 };
 
 use super::{Simd, Task};
@@ -20,6 +22,7 @@ impl Simd for Avx512 {
     const REGISTERS: usize = 32;
     type F32 = __m512;
     type I16 = __m512i;
+    type I32 = __m512i;
 
     /// Asks if the CPU has AVX-512 F, BW, DQ and VL, and AVX2 and FMA.
     ///
@@ -108,6 +111,53 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn zip_i16(self, a: __m512i, b: __m512i) -> [__m512i; 2] {
+        // SAFETY: `self` proves AVX-512 BW.
+        unsafe {
+            [
+                _mm512_mask_blend_epi16(ODD_LANES, a, _mm512_slli_epi32::<16>(b)),
+                _mm512_mask_blend_epi16(ODD_LANES, _mm512_srli_epi32::<16>(a), b),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn splat_pair(self, pair: i32) -> __m512i {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe { _mm512_set1_epi32(pair) }
+    }
+
+    #[inline(always)]
+    fn splat_i32(self, value: i32) -> __m512i {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe { _mm512_set1_epi32(value) }
+    }
+
+    #[inline(always)]
+    fn dot_i16(self, a: __m512i, b: __m512i, c: __m512i) -> __m512i {
+        // SAFETY: `self` proves AVX-512 BW.
+        unsafe { _mm512_add_epi32(_mm512_madd_epi16(a, b), c) }
+    }
+
+    #[inline(always)]
+    fn upper_halves(self, even: __m512i, odd: __m512i) -> __m512i {
+        // SAFETY: `self` proves AVX-512 BW.
+        unsafe { _mm512_mask_blend_epi16(ODD_LANES, _mm512_srli_epi32::<16>(even), odd) }
+    }
+
+    #[inline(always)]
+    fn interleave_i32(self, even: __m512i, odd: __m512i) -> [__m512; 2] {
+        // SAFETY: `self` proves AVX-512 F. The indices have one element per lane.
+        unsafe {
+            let low = _mm512_loadu_si512(INTERLEAVED.as_ptr().cast());
+            let high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+            let low = _mm512_permutex2var_epi32(even, low, odd);
+            let high = _mm512_permutex2var_epi32(even, high, odd);
+            [_mm512_cvtepi32_ps(low), _mm512_cvtepi32_ps(high)]
+        }
+    }
+
+    #[inline(always)]
     fn shift_i16(self, vector: __m512i, distance: usize) -> __m512i {
         // SAFETY: `self` proves AVX-512 BW. The index has one element per lane;
         // of each element only the lowest 5 bits count.
@@ -130,6 +180,12 @@ impl Simd for Avx512 {
         unsafe { _mm512_storeu_si512(target.cast(), vector) }
     }
 }
+
+/// Every second lane of 16 bits.
+const ODD_LANES: u32 = 0xaaaa_aaaa;
+
+/// Lanes of 32 bits in turns from the first half of two vectors.
+const INTERLEAVED: [i32; 16] = [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23];
 
 /// Each lane of 16 bits its number.
 const LANE_NUMBERS: [i16; 32] = {

@@ -17,6 +17,7 @@ impl<const N: usize> Simd for Portable<N> {
     type F32 = [f32; N];
     /// The lower and the upper half.
     type I16 = [[i16; N]; 2];
+    type I32 = [i32; N];
 
     /// Every CPU has this level.
     fn new() -> Option<Self> {
@@ -77,6 +78,57 @@ impl<const N: usize> Simd for Portable<N> {
     #[inline(always)]
     fn widen_i16(self, vector: [[i16; N]; 2]) -> [[f32; N]; 2] {
         vector.map(|half| half.map(f32::from))
+    }
+
+    #[inline(always)]
+    fn zip_i16(self, a: [[i16; N]; 2], b: [[i16; N]; 2]) -> [[[i16; N]; 2]; 2] {
+        let (a, b) = (a.as_flattened(), b.as_flattened());
+        std::array::from_fn(|odd| {
+            std::array::from_fn(|half| {
+                std::array::from_fn(|i| {
+                    let lane = half * N + i;
+                    [a, b][lane % 2][lane / 2 * 2 + odd]
+                })
+            })
+        })
+    }
+
+    #[inline(always)]
+    fn splat_pair(self, pair: i32) -> [[i16; N]; 2] {
+        let lanes = [pair as i16, (pair >> 16) as i16];
+        std::array::from_fn(|half| std::array::from_fn(|i| lanes[(half * N + i) % 2]))
+    }
+
+    #[inline(always)]
+    fn splat_i32(self, value: i32) -> [i32; N] {
+        [value; N]
+    }
+
+    #[inline(always)]
+    fn dot_i16(self, a: [[i16; N]; 2], b: [[i16; N]; 2], c: [i32; N]) -> [i32; N] {
+        let (a, b) = (a.as_flattened(), b.as_flattened());
+        let product = |i: usize| i32::from(a[i]) * i32::from(b[i]);
+        std::array::from_fn(|i| c[i].wrapping_add(product(2 * i).wrapping_add(product(2 * i + 1))))
+    }
+
+    #[inline(always)]
+    fn upper_halves(self, even: [i32; N], odd: [i32; N]) -> [[i16; N]; 2] {
+        std::array::from_fn(|half| {
+            std::array::from_fn(|i| {
+                let lane = half * N + i;
+                ([even, odd][lane % 2][lane / 2] >> 16) as i16
+            })
+        })
+    }
+
+    #[inline(always)]
+    fn interleave_i32(self, even: [i32; N], odd: [i32; N]) -> [[f32; N]; 2] {
+        std::array::from_fn(|half| {
+            std::array::from_fn(|i| {
+                let lane = half * N + i;
+                [even, odd][lane % 2][lane / 2] as f32
+            })
+        })
     }
 
     #[inline(always)]
