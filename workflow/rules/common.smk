@@ -16,7 +16,11 @@ from qcnn_py.config import (
     load_config,
 )
 from qcnn_py.errors import QcnnError
-from qcnn_py.workflow import code_fingerprint, read_layer_names
+from qcnn_py.workflow import (
+    code_fingerprint,
+    folder_fingerprint,
+    read_layer_names,
+)
 
 
 def checked_config():
@@ -140,6 +144,22 @@ def replicate_seed(wildcards):
 def dataset_files(wildcards):
     """Return the files and folders that a run's images come from."""
     return list(map(str, CONFIG.runs[wildcards.run].dataset.input_paths))
+
+
+def dataset_content(wildcards):
+    """Return a parameter that changes when the images in a run's folders do.
+
+    Snakemake compares the time of a folder alone, which a changed, added or removed
+    file further down leaves as it is.
+    """
+    return image_folders(wildcards.run)
+
+
+@cache
+def image_folders(run):
+    """Return the fingerprints of the folders that a run's images come from."""
+    paths = CONFIG.runs[run].dataset.input_paths
+    return list(filter(None, map(folder_fingerprint, paths)))
 
 
 def network_files(wildcards):
