@@ -32,7 +32,7 @@ def checked_config():
 
 
 def check_networks():
-    """Stop if a network file is unreadable or lacks a layer that has settings."""
+    """Stop if a network file is unreadable or lacks a layer that a run needs."""
     for run in CONFIG.runs:
         layer_names(run)
 
@@ -181,6 +181,11 @@ def layer_names(run):
         settings.quantize.check_layers(name for name, _ in names)
     except (QcnnError, OSError) as error:
         raise WorkflowError(f"runs.{run}: {error}") from None
+    if "fc" not in (kind for _, kind in names):
+        raise WorkflowError(
+            f"runs.{run}.network.path: {settings.network.path} has no fully connected "
+            "layer, expected one to fine-tune"
+        )
     return names
 
 
