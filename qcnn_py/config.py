@@ -41,13 +41,16 @@ ALEXNET_LAYERS: LayerNames = (
     *((f"conv{i}", "conv") for i in range(1, 6)),
     *((f"fc{i}", "fc") for i in range(6, 9)),
 )
-"""The layers of :func:`qcnn_py.architectures.alexnet`."""
+"""The layers of :func:`qcnn_py.architectures.alexnet_drawn`."""
+
+# scikit-learn takes 32 bits, and replicate i uses seed + i.
+_LARGEST_SEED = 2**31 - 1
 
 
 class Section(BaseModel):
     """A part of the configuration: immutable, unknown keys refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @classmethod
     def from_mapping(cls, data: Any) -> Self:
@@ -401,6 +404,7 @@ class PipelineConfig(Section):
     seed: int = Field(
         default=0,
         ge=0,
+        le=_LARGEST_SEED,
         description="Seed of all random choices; replicate i uses seed + i.",
     )
     replicates: int = Field(
@@ -454,7 +458,12 @@ class SpeedConfig(Section):
     kind: Literal["speed"] = Field(
         default="speed", description="Speed only: no images, no accuracy."
     )
-    seed: int = Field(default=0, ge=0, description="Seed of the drawn parameters.")
+    seed: int = Field(
+        default=0,
+        ge=0,
+        le=_LARGEST_SEED,
+        description="Seed of the drawn parameters.",
+    )
     architecture: Literal["alexnet"] = Field(
         default="alexnet",
         description="alexnet: 3x227x227 inputs, two groups in conv2, conv4 and conv5.",

@@ -25,7 +25,7 @@ Size = PositiveInt | tuple[PositiveInt, PositiveInt]
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ResizeConfig(_Settings):

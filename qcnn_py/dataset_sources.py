@@ -144,7 +144,7 @@ def _open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
         raise DatasetError(
             f"{path}: not found, expected a folder of images or a zip of one"
         ) from error
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
         raise DatasetError(
             f"{path}: expected a folder of images or a zip of one, got {error}"
         ) from error
@@ -519,7 +519,14 @@ def _read_npz(config: NpzConfig) -> Source:
     try:
         loaded = np.load(data, allow_pickle=False)
         arrays = {name: loaded[name] for name in loaded.files}
-    except (AttributeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        AttributeError,
+        OSError,
+        EOFError,
+        RuntimeError,  # An encrypted member, or a kind of zip that Python cannot read.
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise DatasetError(f"{path}: expected a .npz file, got {error}") from error
     except ValueError as error:
         raise DatasetError(

@@ -253,7 +253,13 @@ def _to_mode(image: Image.Image, mode: Literal["L", "RGB"], name: str) -> Image.
     if "transparency" in image.info:
         # Straight from a palette, Pillow warns that the transparency is lost.
         image = image.convert("RGBA")
-    return image.convert(mode)
+    try:
+        return image.convert(mode)
+    except ValueError as error:
+        raise DatasetError(
+            f"{name}: got pixel mode {image.mode!r}, expected one that converts to "
+            f"{mode}: {error}"
+        ) from error
 
 
 def _center_cropped(

@@ -589,15 +589,22 @@ def _response_sections(report: Mapping[str, Any]) -> list[Section]:
     layers = _layers_with_errors(report)
     if not layers:
         return []
+    # A layer that k-means alone has quantised says nothing about error correction.
+    corrected = [layer for layer in layers if _error(layer)["method"] != "kmeans"]
     better = [
         layer
-        for layer in layers
+        for layer in corrected
         if _error(layer)["relative"]["mean"] < _error(layer)["kmeans_relative"]["mean"]
     ]
     where = (
         "every layer"
         if len(better) == len(layers)
         else (f"{len(better)} of {len(layers)} layers")
+    )
+    heading = (
+        f"Error correction beats plain k-means on {where}"
+        if corrected
+        else "The layers are quantised by plain k-means"
     )
     rows = [
         figures.Errors(
@@ -630,7 +637,7 @@ def _response_sections(report: Mapping[str, Any]) -> list[Section]:
     return [
         Section(
             "response",
-            f"Error correction beats plain k-means on {where}",
+            heading,
             [
                 "A layer's response is what it puts out before its activation. Its "
                 "error is measured against the unquantised layer's response on "

@@ -56,6 +56,26 @@ def config_of(**sections):
             id="too many centroids",
         ),
         pytest.param(
+            config_of(finetune={"learning_rate": float("inf")}),
+            "runs.a.finetune.learning_rate: Input should be a finite number, got inf",
+            id="infinity",
+        ),
+        pytest.param(
+            config_of(dataset={"source": "digits", "std": [float("inf")]}),
+            "runs.a.dataset.std.0: Input should be a finite number, got inf",
+            id="infinity in a data set",
+        ),
+        pytest.param(
+            config_of(dataset={"source": "digits", "mean": float("nan")}),
+            "runs.a.dataset.mean: Input should be a finite number, got nan",
+            id="NaN",
+        ),
+        pytest.param(
+            config_of(seed=2**31),
+            "runs.a.seed: Input should be less than or equal to 2147483647, got ",
+            id="seed of more than 31 bits",
+        ),
+        pytest.param(
             config_of(quantize={"layers": {"conv9": {}}}),
             "runs.a.quantize.layers.conv9: the network has no such layer; "
             "did you mean 'conv2' or 'conv1'?; its layers are conv1, conv2, fc1, fc2",

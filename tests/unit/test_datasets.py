@@ -518,17 +518,27 @@ def test_odd_npz_files_are_refused(
         prepare(source="npz", path=tmp_path / "data.npz")
 
 
+def write_unknown_compression(file: Any) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, **_NPZ)
+    data = bytearray(buffer.getvalue())
+    # The method, in the first entry of the central directory.
+    data[data.index(b"PK\x01\x02") + 10] = 255
+    file.write(data)
+
+
 @pytest.mark.parametrize(
     ("write", "message"),
     [
         (lambda file: np.save(file, np.zeros(3)), "expected a .npz file"),
         (lambda file: file.write(b"text"), "data.npz: expected"),
+        (write_unknown_compression, "expected a .npz file, got That compression"),
         (
             lambda file: np.savez(file, x=np.zeros(3)),
             "'x', expected one called 'images",
         ),
     ],
-    ids=["npy", "text", "other names"],
+    ids=["npy", "text", "unknown compression", "other names"],
 )
 def test_files_that_are_no_data_set_are_refused(
     write: Callable[[Any], object], message: str, tmp_path: Path

@@ -86,6 +86,11 @@ def test_16_bit_images_are_refused() -> None:
         Preprocessing("gray").apply(image)
 
 
+def test_modes_that_pillow_cannot_convert_are_refused() -> None:
+    with pytest.raises(DatasetError, match="'LAB', expected one that converts to L"):
+        Preprocessing("gray").apply(Image.new("LAB", (4, 4)))
+
+
 def test_data_that_are_no_pictures_are_refused() -> None:
     with pytest.raises(DatasetError, match="no pictures"):
         Preprocessing(None).apply(random_image(3, 3))

@@ -382,6 +382,16 @@ def no_loss_no_errors(report):
     report["accuracy"]["points_lost"]["mean"] = 0.0
 
 
+def only_kmeans(report):
+    for layer in report["layers"]:
+        if layer["response_error"]:
+            layer["response_error"]["method"] = "kmeans"
+
+
+def kmeans_in_one_layer(report):
+    report["layers"][0]["response_error"]["method"] = "kmeans"
+
+
 def long_names(report):
     for layer in report["layers"]:
         layer["name"] = f"/backbone/features/{layer['name']}/Convolution"
@@ -403,6 +413,8 @@ def no_examples(report):
         (slower_and_better, "2.00\N{MULTIPLICATION SIGN} slower"),
         (slower_and_better, "of accuracy gained"),
         (no_loss_no_errors, "accuracy lost"),
+        (only_kmeans, "The layers are quantised by plain k-means"),
+        (kmeans_in_one_layer, "beats plain k-means on 1 of 2 layers"),
         (long_names, ">\N{HORIZONTAL ELLIPSIS}conv1/Convolution<"),
         (no_examples, "points of accuracy"),
     ],

@@ -16,7 +16,11 @@ from qcnn_py.config import (
     load_config,
 )
 from qcnn_py.errors import QcnnError
-from qcnn_py.workflow import code_fingerprint, read_layer_names
+from qcnn_py.workflow import (
+    code_fingerprint,
+    folder_fingerprint,
+    read_layer_names,
+)
 
 
 def checked_config():
@@ -28,7 +32,7 @@ def checked_config():
 
 
 def check_networks():
-    """Stop if a network file is unreadable or lacks a layer that has settings."""
+    """Stop if a network file is unreadable or lacks a layer that a run needs."""
     for run in CONFIG.runs:
         layer_names(run)
 
@@ -142,6 +146,22 @@ def dataset_files(wildcards):
     return list(map(str, CONFIG.runs[wildcards.run].dataset.input_paths))
 
 
+def dataset_content(wildcards):
+    """Return a parameter that changes when the images in a run's folders do.
+
+    Snakemake compares the time of a folder alone, which a changed, added or removed
+    file further down leaves as it is.
+    """
+    return image_folders(wildcards.run)
+
+
+@cache
+def image_folders(run):
+    """Return the fingerprints of the folders that a run's images come from."""
+    paths = CONFIG.runs[run].dataset.input_paths
+    return list(filter(None, map(folder_fingerprint, paths)))
+
+
 def network_files(wildcards):
     """Return the file that a run's network comes from, if it comes from one."""
     network = CONFIG.runs[wildcards.run].network
@@ -161,6 +181,11 @@ def layer_names(run):
         settings.quantize.check_layers(name for name, _ in names)
     except (QcnnError, OSError) as error:
         raise WorkflowError(f"runs.{run}: {error}") from None
+    if "fc" not in (kind for _, kind in names):
+        raise WorkflowError(
+            f"runs.{run}.network.path: {settings.network.path} has no fully connected "
+            "layer, expected one to fine-tune"
+        )
     return names
 
 

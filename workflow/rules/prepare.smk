@@ -14,6 +14,7 @@ rule prepare_dataset:
         "../envs/qcnn.yaml"
     params:
         config=dataset_settings,
+        content=dataset_content,
         seed=run_seed,
         code=code_of("prepare_dataset"),
     message:
