@@ -3,7 +3,7 @@
 //! # Choosing one
 //!
 //! [`Isa::detect`] takes the best level the CPU has. The environment variable
-//! `QCNN_ISA` (`portable`, `avx2` or `avx512`) forces another one; a level that
+//! `QCNN_ISA` (the level's name) forces another one; a level that
 //! is unknown or that the CPU lacks is an error, never a silent fallback.
 //!
 //! | level | needs | vector |
@@ -11,6 +11,7 @@
 //! | `portable` | nothing | 4 lanes of plain Rust (SSE2 or NEON registers) |
 //! | `avx2` | AVX2, FMA | 8 lanes |
 //! | `avx512` | AVX-512 F, BW, DQ, VL and `avx2`'s needs | 16 lanes |
+//! | `avx512vnni` | also AVX-512 VNNI | 16 lanes |
 //!
 //! # How kernels are compiled
 //!
@@ -55,10 +56,12 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW, DQ and VL, with AVX2 and FMA.
     Avx512,
+    /// The same and AVX-512 VNNI.
+    Avx512Vnni,
 }
 
 impl Isa {
-    const ALL: [Self; 3] = [Self::Portable, Self::Avx2, Self::Avx512];
+    const ALL: [Self; 4] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Vnni];
 
     /// The level's name in options, in `QCNN_ISA` and in reports.
     pub fn name(self) -> &'static str {
@@ -66,6 +69,7 @@ impl Isa {
             Self::Portable => "portable",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
+            Self::Avx512Vnni => "avx512vnni",
         }
     }
 
@@ -113,8 +117,10 @@ impl Isa {
             Self::Avx2 => Avx2::new().map(Level::Avx2),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => Avx512::new().map(Level::Avx512),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni => Avx512::new().map(Level::Avx512Vnni),
             #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx2 | Self::Avx512 => None,
+            Self::Avx2 | Self::Avx512 | Self::Avx512Vnni => None,
         }
     }
 }
@@ -157,7 +163,10 @@ pub(crate) enum Level {
     Avx2(Avx2),
     /// See [`Avx512`].
     #[cfg(target_arch = "x86_64")]
-    Avx512(Avx512),
+    Avx512(Avx512<false>),
+    /// See [`Avx512`].
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vnni(Avx512<true>),
 }
 
 impl Level {
@@ -169,6 +178,8 @@ impl Level {
             Self::Avx2(simd) => simd.call(task),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512(simd) => simd.call(task),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni(simd) => simd.call(task),
         }
     }
 }

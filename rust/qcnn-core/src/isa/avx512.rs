@@ -1,23 +1,28 @@
-//! The AVX-512 level.
+//! The AVX-512 levels, with and without VNNI.
 
 use std::arch::x86_64::{
     __m512, __m512i, _mm512_add_epi16, _mm512_add_epi32, _mm512_add_ps, _mm512_castsi256_si512,
     _mm512_castsi512_si256, _mm512_cvtepi16_epi32, _mm512_cvtepi32_ps, _mm512_cvtps_epi32,
-    _mm512_cvtsepi32_epi16, _mm512_extracti64x4_epi64, _mm512_fmadd_ps, _mm512_inserti64x4,
-    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_madd_epi16, _mm512_mask_blend_epi16,
-    _mm512_permutex2var_epi32, _mm512_permutexvar_epi16, _mm512_set1_epi16, _mm512_set1_epi32,
-    _mm512_set1_ps, _mm512_setzero_si512, _mm512_slli_epi32, _mm512_srli_epi32, _mm512_storeu_ps,
-    _mm512_storeu_si512,
+    _mm512_cvtsepi32_epi16, _mm512_dpwssd_epi32, _mm512_extracti64x4_epi64, _mm512_fmadd_ps,
+    _mm512_inserti64x4, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_madd_epi16,
+    _mm512_mask_blend_epi16, _mm512_permutex2var_epi32, _mm512_permutexvar_epi16,
+    _mm512_set1_epi16, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_si512, _mm512_slli_epi32,
+    _mm512_srli_epi32, _mm512_storeu_ps, _mm512_storeu_si512,
 };
 
 use super::{Simd, Task};
 
-/// Token of the AVX-512 level.
+/// Token of an AVX-512 level. VNNI multiplies 16-bit integers and adds the
+/// products up in one instruction.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Avx512(());
+pub(crate) struct Avx512<const VNNI: bool>(());
 
-impl Simd for Avx512 {
-    const NAME: &'static str = "x86_64-avx512";
+impl<const VNNI: bool> Simd for Avx512<VNNI> {
+    const NAME: &'static str = if VNNI {
+        "x86_64-avx512vnni"
+    } else {
+        "x86_64-avx512"
+    };
     const LANES: usize = 16;
     const REGISTERS: usize = 32;
     type F32 = __m512;
@@ -34,18 +39,29 @@ impl Simd for Avx512 {
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vl")
             && is_x86_feature_detected!("avx2")
-            && is_x86_feature_detected!("fma"))
+            && is_x86_feature_detected!("fma")
+            && (!VNNI || is_x86_feature_detected!("avx512vnni")))
         .then_some(Self(()))
     }
 
     #[inline(always)]
     fn call<T: Task>(self, task: T) -> T::Output {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-        fn compiled<T: Task>(simd: Avx512, task: T) -> T::Output {
+        fn plain<T: Task, const VNNI: bool>(simd: Avx512<VNNI>, task: T) -> T::Output {
+            task.run(simd)
+        }
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512vnni")]
+        fn vnni<T: Task, const VNNI: bool>(simd: Avx512<VNNI>, task: T) -> T::Output {
             task.run(simd)
         }
         // SAFETY: `self` exists, so `new` has found all these features.
-        unsafe { compiled(self, task) }
+        unsafe {
+            if VNNI {
+                vnni(self, task)
+            } else {
+                plain(self, task)
+            }
+        }
     }
 
     #[inline(always)]
@@ -135,8 +151,14 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     fn dot_i16(self, a: __m512i, b: __m512i, c: __m512i) -> __m512i {
-        // SAFETY: `self` proves AVX-512 BW.
-        unsafe { _mm512_add_epi32(_mm512_madd_epi16(a, b), c) }
+        // SAFETY: `self` proves AVX-512 BW, and VNNI where it is used.
+        unsafe {
+            if VNNI {
+                _mm512_dpwssd_epi32(c, a, b)
+            } else {
+                _mm512_add_epi32(_mm512_madd_epi16(a, b), c)
+            }
+        }
     }
 
     #[inline(always)]

@@ -10,6 +10,7 @@
 //! An image's response does not depend on the batch it comes in: every kernel
 //! sums in the same order for one image and for many.
 
+mod gemm16;
 mod pixels;
 pub(crate) mod planes;
 mod rows;
@@ -26,6 +27,7 @@ use crate::isa::{Isa, Simd, Task};
 use crate::ops::conv::{DirectConv, GemmConv};
 use crate::ops::fc::GemmFc;
 use crate::precision::Precision;
+use gemm16::Gemm16Conv;
 use pixels::PixelsConv;
 use rows::RowsConv;
 use words::WordsFc;
@@ -193,20 +195,21 @@ fn conv_kernels_of<'a, S: Simd>(
     simd: S,
     precision: Precision,
 ) -> Vec<Candidate<'a>> {
-    let fast = precision == Precision::Fast;
-    let mut candidates: Vec<_> = [
-        if fast {
-            RowsConv::candidate(simd, layer)
-        } else {
-            None
-        },
+    let fast = [
+        RowsConv::candidate(simd, layer),
+        Gemm16Conv::candidate(simd, layer),
+    ];
+    let exact = [
         PixelsConv::candidate(simd, layer),
         DirectConv::candidate(simd, layer),
         Some(GemmConv::candidate(simd, layer)),
-    ]
-    .into_iter()
-    .flatten()
-    .collect();
+    ];
+    let mut candidates: Vec<_> = fast
+        .into_iter()
+        .filter(|_| precision == Precision::Fast)
+        .chain(exact)
+        .flatten()
+        .collect();
     candidates.sort_by(|a, b| a.cycles.total_cmp(&b.cycles));
     candidates
 }
