@@ -251,19 +251,19 @@ def _compile_openvino_float32(
 # bfloat16, as it does by default: that gains it up to 3 %.
 PEERS: Mapping[str, _Peer] = {
     "onnxruntime-fp32": _Peer(
-        "float32, ONNX Runtime", ("onnx", "onnxruntime"), _compile_onnxruntime
+        "ONNX Runtime float32", ("onnx", "onnxruntime"), _compile_onnxruntime
     ),
     "onnxruntime-int8": _Peer(
-        "int8 (static QDQ), ONNX Runtime",
+        "ONNX Runtime int8 (static QDQ)",
         ("onnx", "onnxruntime"),
         _compile_onnxruntime,
         "QUInt8",
     ),
     "openvino-fp32": _Peer(
-        "float32, OpenVINO", ("onnx", "openvino"), _compile_openvino_float32
+        "OpenVINO float32", ("onnx", "openvino"), _compile_openvino_float32
     ),
     "openvino-int8": _Peer(
-        "int8 (static QDQ), OpenVINO",
+        "OpenVINO int8 (static QDQ)",
         ("onnx", "onnxruntime", "openvino"),
         _compile_openvino,
         "QInt8",

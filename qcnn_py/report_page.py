@@ -766,8 +766,8 @@ def _speed_section(report: Mapping[str, Any]) -> Section:
             for peer in peers
         )
         words.append(
-            "Speed as a multiple of that of other engines, which run the same network "
-            f"with dense weights: {compared} (median of the rounds)."
+            "Other engines run the same network with dense weights. Measured round by "
+            f"round, the quantised one is as fast as {compared}."
         )
     if (published := speed["published"]) is not None:
         words.append(
