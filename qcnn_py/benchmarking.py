@@ -116,8 +116,8 @@ def benchmark(
     Raises
     ------
     ConfigError
-        If a count is below 1, there is no precision, or a precision, ISA or peer is
-        not available.
+        If a count is below 1, there is no precision, a name is given twice, or a
+        precision, ISA or peer is not available.
     ShapeError
         If `images` do not fit the network.
     QcnnError
@@ -134,6 +134,12 @@ def benchmark(
             raise ConfigError(f"{name} is {count}, expected at least 1")
     if not precisions:
         raise ConfigError("precisions is empty, expected at least one")
+    for key, names in (
+        ("precisions", list(precisions)),
+        ("peers", [x if isinstance(x, str) else x.name for x in peers]),
+    ):
+        if len(set(names)) < len(names):
+            raise ConfigError(f"{key} is {names}, expected each name once")
     # Asked for before anything is computed: what is missing shows at once.
     packages = packages_of([peer for peer in peers if isinstance(peer, str)])
     inputs = _batches(network, batch_size, images, seed)

@@ -256,6 +256,15 @@ def test_no_precision_is_refused():
         benchmark(small_network(), precisions=[])
 
 
+@pytest.mark.parametrize(
+    ("key", "names"),
+    [("precisions", ["fast", "fast"]), ("peers", ["openvino-fp32"] * 2)],
+)
+def test_names_given_twice_are_refused(key, names):
+    with pytest.raises(ConfigError, match=f"{key} is .*, expected each name once"):
+        benchmark(small_network(), **{key: names})
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 8, 9), (0, 3, 8, 8), (3, 8, 8)])
 def test_images_that_do_not_fit_are_refused(shape):
     with pytest.raises(ShapeError, match="expected"):
