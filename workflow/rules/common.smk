@@ -9,12 +9,7 @@ from urllib.parse import quote, unquote
 
 from snakemake.exceptions import WorkflowError
 
-from qcnn_py.config import (
-    ALEXNET_LAYERS,
-    NetworkFileConfig,
-    SpeedConfig,
-    load_config,
-)
+from qcnn_py.config import NetworkFileConfig, SpeedConfig, load_config
 from qcnn_py.errors import QcnnError
 from qcnn_py.workflow import (
     code_fingerprint,
@@ -168,12 +163,24 @@ def network_files(wildcards):
     return [network.path] if isinstance(network, NetworkFileConfig) else []
 
 
+def first_dataset(wildcards):
+    """Return the images of a run's first replicate, if the run has images."""
+    if isinstance(CONFIG.runs[wildcards.run], SpeedConfig):
+        return []
+    return [f"{RUN}/replicates/0/dataset.safetensors"]
+
+
+def published_name(wildcards):
+    """Return the name of the published network that a run times."""
+    return CONFIG.runs[wildcards.run].published_name
+
+
 @cache
 def layer_names(run):
     """Return names and kinds of the conv and fc layers of a run's network."""
     settings = CONFIG.runs[run]
     if isinstance(settings, SpeedConfig):
-        return ALEXNET_LAYERS
+        return settings.layer_names
     if not isinstance(settings.network, NetworkFileConfig):
         return settings.network.layer_names
     try:

@@ -58,6 +58,7 @@ rule draw_network:
     conda:
         "../envs/qcnn.yaml"
     params:
+        architecture=published_name,
         layers=all_layer_settings,
         seed=run_seed,
         code=code_of("draw_network"),
