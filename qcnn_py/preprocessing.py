@@ -19,7 +19,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from qcnn_py.errors import ConfigError, DatasetError, ModelFormatError, ShapeError
-from qcnn_py.reference_format import malformed, read_floats
+from qcnn_py.reference_format import malformed, map_bin
 
 __all__ = [
     "ChannelOrder",
@@ -94,9 +94,9 @@ class MeanImage:
         path = Path(path)
         match path.suffix:
             case ".npy":
-                array = _read_npy(path)
+                array = _map_npy(path)
             case ".bin":
-                array = read_floats(path, (None, None, None))
+                array = map_bin(path, "<f4")
             case _:
                 raise ConfigError(f"mean is {path}, expected a .npy or .bin file")
         shapes = [shape]
@@ -106,7 +106,11 @@ class MeanImage:
             wanted = " or ".join(map(str, dict.fromkeys(shapes)))
             raise malformed(path, "dimensions", array.shape, wanted)
         _, height, width = shape
-        return cls.from_array(_center_cropped(array, (height, width)))
+        with np.errstate(over="ignore"):
+            kept = _center_cropped(array, (height, width)).astype(np.float32)
+        if not np.isfinite(kept).all():
+            raise malformed(path, "a value", "NaN or infinite", "finite float32")
+        return cls.from_array(kept)
 
     @classmethod
     def from_array(cls, array: npt.NDArray[Any]) -> Self:
@@ -506,19 +510,19 @@ def _neighbours(
     return before, after, near_before, near_after
 
 
-def _read_npy(path: Path) -> FloatArray:
-    """Read a ``.npy`` file of finite floats."""
+def _map_npy(path: Path) -> npt.NDArray[np.floating]:
+    """Map a ``.npy`` file of floats: no header makes this allocate."""
     try:
-        # Mapped, so that no header makes this allocate more than the file has.
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, SyntaxError) as error:
-        raise malformed(path, "content", error, "an array of numbers") from error
+    except OSError:
+        raise
+    # The header's parser lets through whatever it trips over.
+    except Exception as error:
+        raise malformed(path, "content", error, "a .npy file of numbers") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
         got = getattr(array, "dtype", type(array).__name__)
         raise malformed(path, "type", got, "floating-point numbers")
-    if not np.isfinite(array).all():
-        raise malformed(path, "a value", "NaN or infinite", "finite numbers")
-    return array.astype(np.float32)
+    return array
 
 
 def _is_length(value: object) -> bool:

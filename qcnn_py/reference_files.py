@@ -37,6 +37,7 @@ from qcnn_py.published_networks import (
 )
 from qcnn_py.reference_format import (
     malformed,
+    map_bin,
     read_byte_codes,
     read_floats,
     read_packed_codes,
@@ -262,8 +263,8 @@ def _read_layer(
         weight = read_floats(files.weight, weight_shape)
         return {"type": "dense"}, {"weight": weight, "bias": bias}
 
-    codebooks = read_floats(files.codebooks, (None, None, None))
-    n_subspaces, n_centroids, dsub = codebooks.shape
+    books_shape = map_bin(files.codebooks, "<f4", (None, None, None)).shape
+    n_subspaces, n_centroids, dsub = books_shape
     for field, got in (("codewords", n_centroids), ("length of a sub-vector", dsub)):
         if got > _MAX_CENTROIDS:
             raise malformed(files.codebooks, field, got, f"at most {_MAX_CENTROIDS}")
@@ -274,6 +275,7 @@ def _read_layer(
             n_subspaces,
             f"{-(-channels // dsub)} ({channels} channels by {dsub})",
         )
+    codebooks = read_floats(files.codebooks, books_shape)
     # The padding of the last sub-vector meets no input; its content is arbitrary.
     codebooks[-1, :, channels - (n_subspaces - 1) * dsub :] = 0
     codes_shape = (outputs, *taps, n_subspaces)
