@@ -838,10 +838,10 @@ impl<S: Simd> RowsConv<S> {
             .zip(planes.chunks_exact_mut(self.plane_len()))
         {
             let channel = &input[c * g.in_pixels()..(c + 1) * g.in_pixels()];
+            let plane = &mut plane[..self.plane_vectors() * lanes::<S>()];
             for part in 0..self.cut.parts {
                 let origin = self.cut.origin(tile, part);
-                let plane =
-                    &mut plane[part * self.cut.part_lanes..self.plane_vectors() * lanes::<S>()];
+                let plane = &mut plane[part * self.cut.part_lanes..];
                 self.planes
                     .fill_rows(g, origin, channel, plane, lanes::<S>());
             }
@@ -931,9 +931,9 @@ impl Task for AddSquares<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, _: S) -> f32 {
-        let mut peaks = [0.0f32; 16];
-        let squares = self.squares.chunks_exact_mut(16);
-        for (squares, plane) in squares.zip(self.plane.chunks_exact(16)) {
+        let mut peaks = [0.0f32; MAX_LANES];
+        let squares = self.squares.chunks_exact_mut(S::LANES);
+        for (squares, plane) in squares.zip(self.plane.chunks_exact(S::LANES)) {
             for ((square, x), peak) in squares.iter_mut().zip(plane).zip(&mut peaks) {
                 *square += x * x;
                 *peak = if x.abs() > *peak { x.abs() } else { *peak };
