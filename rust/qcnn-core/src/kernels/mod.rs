@@ -10,6 +10,7 @@
 //! An image's response does not depend on the batch it comes in: every kernel
 //! sums in the same order for one image and for many.
 
+mod permute;
 mod pixels;
 pub(crate) mod planes;
 mod rows;
@@ -26,6 +27,7 @@ use crate::isa::{Isa, Simd, Task};
 use crate::ops::conv::{DirectConv, GemmConv};
 use crate::ops::fc::GemmFc;
 use crate::precision::Precision;
+use permute::PermuteFc;
 use pixels::PixelsConv;
 use rows::RowsConv;
 use words::WordsFc;
@@ -235,9 +237,14 @@ pub fn fc_kernels<'a>(
 fn fc_kernels_of<'a, S: Simd>(
     layer: &'a FcLayer<'a>,
     simd: S,
-    _precision: Precision,
+    precision: Precision,
 ) -> Vec<Candidate<'a>> {
     let mut candidates: Vec<_> = [
+        if precision == Precision::Fast {
+            PermuteFc::candidate(simd, layer)
+        } else {
+            None
+        },
         WordsFc::candidate(simd, layer),
         Some(GemmFc::candidate(simd, layer)),
     ]
