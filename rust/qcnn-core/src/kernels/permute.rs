@@ -193,19 +193,17 @@ impl<S: Simd> PermuteFc<S> {
             let width = Self::BLOCK.min(self.n_vectors - first);
             for (chunk, greatest) in chunks.iter().zip(&mut greatest) {
                 let start = (chunk.start * self.n_vectors + first * chunk.len()) * lanes;
+                let squares = &squares[chunk.start * pq.n_centroids..];
                 let packed = &mut packed[start..][..width * chunk.len() * lanes];
                 for (o, row) in rows.chunks_exact(pq.n_subspaces).enumerate() {
                     let lane = o / columns * lanes + o % lanes;
                     let shift = (o / lanes % lane_codes(self.bits)) as u32 * self.bits;
                     let mut square = 0.0;
-                    for ((&code, squares), packed) in row[chunk.clone()]
-                        .iter()
-                        .zip(squares[chunk.start * pq.n_centroids..].chunks(pq.n_centroids))
-                        .zip(packed.chunks_exact_mut(width * lanes))
-                    {
-                        // Panics if the code is not one.
-                        square += squares[usize::from(code)];
-                        packed[lane] |= (code << shift) as i16;
+                    for (i, &code) in row[chunk.clone()].iter().enumerate() {
+                        let code = usize::from(code);
+                        assert!(code < pq.n_centroids);
+                        square += squares[i * pq.n_centroids + code];
+                        packed[i * width * lanes + lane] |= (code << shift) as i16;
                     }
                     *greatest = greatest.max(square);
                 }
