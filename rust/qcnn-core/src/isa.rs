@@ -192,9 +192,9 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
     /// Vectors the architecture's registers hold, which bounds the
     /// accumulators of a kernel.
     const REGISTERS: usize;
-    /// Clock cycles that [`look_up_i16`](Self::look_up_i16) takes with 5 bits,
-    /// with the shift and the addition that go with it.
-    const LOOK_UP_CYCLES: f64;
+    /// Clock cycles that [`look_up_i16`](Self::look_up_i16) takes with 4, 5 and
+    /// 6 bits, with the shift and the addition that go with it.
+    const LOOK_UP_CYCLES: [f64; 3];
     /// A vector.
     type F32: Copy + fmt::Debug;
     /// A vector of 16-bit integers, twice as many.

@@ -239,8 +239,9 @@ fn fc_kernels_of<'a, S: Simd>(
     simd: S,
     precision: Precision,
 ) -> Vec<Candidate<'a>> {
+    let fast = precision == Precision::Fast;
     let mut candidates: Vec<_> = [
-        if precision == Precision::Fast {
+        if fast {
             PermuteFc::candidate(simd, layer)
         } else {
             None

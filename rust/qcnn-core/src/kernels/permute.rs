@@ -56,8 +56,7 @@ const MAX_SCALE: f64 = (1u128 << 126) as f64;
 /// Subspaces in a chunk. The relative L2 error of the responses is about 1e-3
 /// then on Gaussian weights and inputs, and less on the authors' `AlexNet`.
 pub(super) fn chunk_len(subvector_dim: usize) -> usize {
-    let len = MAX_CHUNK as f64 / (subvector_dim as f64).sqrt();
-    (len as usize).max(1)
+    (MAX_CHUNK * MAX_CHUNK / subvector_dim).isqrt().max(1)
 }
 
 /// Codes in a lane, if they have `bits` bits.
@@ -138,7 +137,8 @@ impl<S: Simd> PermuteFc<S> {
         let n_vectors = layer.out_features.div_ceil(lane_codes(bits) * Self::LANES);
         let look_ups = pq.n_subspaces * n_vectors * lane_codes(bits);
         let products = pq.n_subspaces * pq.subvector_dim * table_len(bits) / S::LANES;
-        let cycles = look_ups as f64 * S::LOOK_UP_CYCLES + products as f64 * vector_cycles::<S>();
+        let cycles = look_ups as f64 * S::LOOK_UP_CYCLES[bits as usize - 4]
+            + products as f64 * vector_cycles::<S>();
         Some(Candidate::new(cycles, move || {
             Self::new(simd, layer, (pq, codebooks, codes), bits)
         }))
@@ -400,7 +400,7 @@ fn build_tables<S: Simd, const BITS: u32>(
             let mut sums = [simd.splat(0.0); 2];
             for (j, x) in input.iter().enumerate() {
                 let x = simd.splat(*x * scale);
-                for half in 0..2 {
+                for (half, sum) in sums.iter_mut().enumerate() {
                     // Entries come again where the table has more of them.
                     let k = (k + half * S::LANES) % codewords;
                     // SAFETY: channel m * dim + j has a row of `codewords`
@@ -410,7 +410,7 @@ fn build_tables<S: Simd, const BITS: u32>(
                         let row = chunk.codebooks.as_ptr().add((m * dim + j) * codewords);
                         simd.load(row.add(k))
                     };
-                    sums[half] = simd.mul_add(x, codewords, sums[half]);
+                    *sum = simd.mul_add(x, codewords, *sum);
                 }
             }
             // SAFETY: k is below the length of the table, and both are multiples
