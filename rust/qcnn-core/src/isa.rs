@@ -203,6 +203,9 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
     /// Vectors the architecture's registers hold, which bounds the
     /// accumulators of a kernel.
     const REGISTERS: usize;
+    /// Clock cycles that [`look_up_i16`](Self::look_up_i16) takes with 4, 5 and
+    /// 6 bits, with the shift and the addition that go with it.
+    const LOOK_UP_CYCLES: [f64; 3];
     /// A vector.
     type F32: Copy + fmt::Debug;
     /// A vector of 16-bit integers, twice as many.
@@ -274,6 +277,24 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
     /// Lane `i` becomes lane `i + distance`; the last `distance` lanes become
     /// any of the others.
     fn shift_i16(self, vector: Self::I16, distance: usize) -> Self::I16;
+
+    /// Every lane shifted right by `BITS`, 1 to 15, zeros behind.
+    fn shift_right_i16<const BITS: u32>(self, vector: Self::I16) -> Self::I16;
+
+    /// Every lane's entry of a table: of the lane, only the lowest `BITS` bits
+    /// count, 4 to 6. The fewest entries are 32: of 4 bits, 16 come twice.
+    ///
+    /// # Safety
+    ///
+    /// `entries` is valid for reads of 32 values, or of 64 for 6 bits.
+    unsafe fn look_up_i16<const BITS: u32>(
+        self,
+        entries: *const i16,
+        indices: Self::I16,
+    ) -> Self::I16;
+
+    /// Bring the cache line at `address`, which may be any, closer.
+    fn prefetch(self, address: *const i16);
 
     /// The `2 * LANES` values at `source`, which needs no alignment.
     ///
@@ -365,6 +386,9 @@ mod tests {
             }
             let twice: Vec<f32> = expected.iter().map(|x| f32::from(2 * x)).collect();
             assert_eq!(doubled, twice, "{}", S::NAME);
+            check_look_up::<S, 4>(s);
+            check_look_up::<S, 5>(s);
+            check_look_up::<S, 6>(s);
             for distance in 0..lanes {
                 let mut shifted = vec![0i16; lanes];
                 // SAFETY: both buffers hold a vector where they are used.
@@ -404,6 +428,31 @@ mod tests {
                 assert_eq!(i32::from(products[i]), sum >> 16, "{} {i}", S::NAME);
                 assert_eq!(floats[i], sum as f32, "{} {i}", S::NAME);
             }
+        }
+    }
+
+    /// Indices of `BITS` bits with others above them.
+    #[inline(always)]
+    fn check_look_up<S: Simd, const BITS: u32>(s: S) {
+        let n = 1usize << BITS;
+        let entries: Vec<i16> = (0..n.max(32))
+            .map(|i| (i % n) as i16 * 517 - 9000)
+            .collect();
+        for first in (0..n).step_by(2 * S::LANES) {
+            let word = |i: usize| ((first + i) << 3 | 0x9005) as i16;
+            let words: Vec<i16> = (0..2 * S::LANES).map(word).collect();
+            let mut found = vec![0i16; words.len()];
+            // SAFETY: there are 32 entries or n, and a vector of words.
+            unsafe {
+                let indices = s.shift_right_i16::<3>(s.load_i16(words.as_ptr()));
+                s.store_i16(
+                    found.as_mut_ptr(),
+                    s.look_up_i16::<BITS>(entries.as_ptr(), indices),
+                );
+            }
+            let index = |word: &i16| (*word as u16 >> 3) as usize % n;
+            let expected: Vec<i16> = words.iter().map(|word| entries[index(word)]).collect();
+            assert_eq!(found, expected, "{} {BITS}", S::NAME);
         }
     }
 

@@ -1,13 +1,14 @@
 //! The AVX-512 levels, with and without VNNI.
 
 use std::arch::x86_64::{
-    __m512, __m512i, _mm512_add_epi16, _mm512_add_epi32, _mm512_add_ps, _mm512_castsi256_si512,
-    _mm512_castsi512_si256, _mm512_cvtepi16_epi32, _mm512_cvtepi32_ps, _mm512_cvtps_epi32,
-    _mm512_cvtsepi32_epi16, _mm512_dpwssd_epi32, _mm512_extracti64x4_epi64, _mm512_fmadd_ps,
-    _mm512_inserti64x4, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_madd_epi16,
-    _mm512_mask_blend_epi16, _mm512_permutex2var_epi32, _mm512_permutexvar_epi16,
-    _mm512_set1_epi16, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_si512, _mm512_slli_epi32,
-    _mm512_srli_epi32, _mm512_storeu_ps, _mm512_storeu_si512,
+    __m512, __m512i, _MM_HINT_T0, _mm_prefetch, _mm512_add_epi16, _mm512_add_epi32, _mm512_add_ps,
+    _mm512_castsi256_si512, _mm512_castsi512_si256, _mm512_cvtepi16_epi32, _mm512_cvtepi32_ps,
+    _mm512_cvtps_epi32, _mm512_cvtsepi32_epi16, _mm512_dpwssd_epi32, _mm512_extracti64x4_epi64,
+    _mm512_fmadd_ps, _mm512_inserti64x4, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_madd_epi16,
+    _mm512_mask_blend_epi16, _mm512_permutex2var_epi16, _mm512_permutex2var_epi32,
+    _mm512_permutexvar_epi16, _mm512_set1_epi16, _mm512_set1_epi32, _mm512_set1_ps,
+    _mm512_setzero_si512, _mm512_slli_epi32, _mm512_srli_epi16, _mm512_srli_epi32,
+    _mm512_storeu_ps, _mm512_storeu_si512,
 };
 
 use super::{Simd, Task};
@@ -25,6 +26,7 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     };
     const LANES: usize = 16;
     const REGISTERS: usize = 32;
+    const LOOK_UP_CYCLES: [f64; 3] = [2.0, 2.0, 2.2];
     type F32 = __m512;
     type I16 = __m512i;
     type I32 = __m512i;
@@ -188,6 +190,34 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
             let index = _mm512_add_epi16(lanes, _mm512_set1_epi16(distance as i16));
             _mm512_permutexvar_epi16(index, vector)
         }
+    }
+
+    #[inline(always)]
+    fn shift_right_i16<const BITS: u32>(self, vector: __m512i) -> __m512i {
+        // SAFETY: `self` proves AVX-512 BW.
+        unsafe { _mm512_srli_epi16::<BITS>(vector) }
+    }
+
+    #[inline(always)]
+    unsafe fn look_up_i16<const BITS: u32>(self, entries: *const i16, indices: __m512i) -> __m512i {
+        // SAFETY: `self` proves AVX-512 BW; the caller vouches for 32 entries,
+        // and for 32 more if there are 6 bits. Both permutations ignore bits
+        // that choose among more entries than they have.
+        unsafe {
+            let lower = _mm512_loadu_si512(entries.cast());
+            if BITS == 6 {
+                let upper = _mm512_loadu_si512(entries.add(32).cast());
+                _mm512_permutex2var_epi16(lower, indices, upper)
+            } else {
+                _mm512_permutexvar_epi16(indices, lower)
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, address: *const i16) {
+        // SAFETY: a prefetch does not fault.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
     }
 
     #[inline(always)]

@@ -14,6 +14,7 @@ impl<const N: usize> Simd for Portable<N> {
     const NAME: &'static str = "portable";
     const LANES: usize = N;
     const REGISTERS: usize = 16;
+    const LOOK_UP_CYCLES: [f64; 3] = [12.0 * N as f64; 3];
     type F32 = [f32; N];
     /// The lower and the upper half.
     type I16 = [[i16; N]; 2];
@@ -138,6 +139,29 @@ impl<const N: usize> Simd for Portable<N> {
             std::array::from_fn(|i| lanes[(half * N + i + distance) % (2 * N)])
         })
     }
+
+    #[inline(always)]
+    fn shift_right_i16<const BITS: u32>(self, vector: [[i16; N]; 2]) -> [[i16; N]; 2] {
+        std::array::from_fn(|half| {
+            std::array::from_fn(|i| (vector[half][i].cast_unsigned() >> BITS).cast_signed())
+        })
+    }
+
+    #[inline(always)]
+    unsafe fn look_up_i16<const BITS: u32>(
+        self,
+        entries: *const i16,
+        indices: [[i16; N]; 2],
+    ) -> [[i16; N]; 2] {
+        let mask = (1usize << BITS) - 1;
+        // SAFETY: the index is below 2^BITS; the caller vouches for as many
+        // entries.
+        let entry = |index: i16| unsafe { *entries.add(usize::from(index.cast_unsigned()) & mask) };
+        std::array::from_fn(|half| std::array::from_fn(|i| entry(indices[half][i])))
+    }
+
+    #[inline(always)]
+    fn prefetch(self, _: *const i16) {}
 
     #[inline(always)]
     unsafe fn load_i16(self, source: *const i16) -> [[i16; N]; 2] {

@@ -11,6 +11,7 @@
 //! sums in the same order for one image and for many.
 
 mod gemm16;
+mod permute;
 mod pixels;
 pub(crate) mod planes;
 mod rows;
@@ -28,6 +29,7 @@ use crate::ops::conv::{DirectConv, GemmConv};
 use crate::ops::fc::GemmFc;
 use crate::precision::Precision;
 use gemm16::Gemm16Conv;
+use permute::PermuteFc;
 use pixels::PixelsConv;
 use rows::RowsConv;
 use words::WordsFc;
@@ -238,9 +240,15 @@ pub fn fc_kernels<'a>(
 fn fc_kernels_of<'a, S: Simd>(
     layer: &'a FcLayer<'a>,
     simd: S,
-    _precision: Precision,
+    precision: Precision,
 ) -> Vec<Candidate<'a>> {
+    let fast = precision == Precision::Fast;
     let mut candidates: Vec<_> = [
+        if fast {
+            PermuteFc::candidate(simd, layer)
+        } else {
+            None
+        },
         WordsFc::candidate(simd, layer),
         Some(GemmFc::candidate(simd, layer)),
     ]
