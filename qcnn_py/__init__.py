@@ -24,7 +24,7 @@ from qcnn_py.network import LayerInfo, Network, Node, QuantizedWeights
 if TYPE_CHECKING:
     from qcnn_py.product_quantizer import ProductQuantizer
     from qcnn_py.quantization import quantize
-    from qcnn_py.reference_files import read_reference
+    from qcnn_py.reference_files import read_reference, write_reference
 
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "load",
     "quantize",
     "read_reference",
+    "write_reference",
 ]
 
 # Public names whose modules need more than NumPy.
@@ -53,6 +54,7 @@ _LAZY = {
     "ProductQuantizer": "qcnn_py.product_quantizer",
     "quantize": "qcnn_py.quantization",
     "read_reference": "qcnn_py.reference_files",
+    "write_reference": "qcnn_py.reference_files",
 }
 
 

@@ -14,7 +14,7 @@ from qcnn_py.errors import ConfigError
 from qcnn_py.network import Network, Node
 from qcnn_py.published_networks import published_network
 
-__all__ = ["alexnet_drawn", "conv_fc"]
+__all__ = ["conv_fc", "drawn_network"]
 
 _DENSE = {"type": "dense"}
 
@@ -135,8 +135,10 @@ def conv_fc(
     return Network(nodes, tensors, input_shape, metadata=metadata)
 
 
-def alexnet_drawn(settings: Mapping[str, LayerSettings], seed: int = 0) -> Network:
-    """Build AlexNet, product-quantised, with drawn codebooks and codes.
+def drawn_network(
+    architecture: str, settings: Mapping[str, LayerSettings], seed: int = 0
+) -> Network:
+    """Build a published network, product-quantised, with drawn codebooks and codes.
 
     What it computes means nothing; how long it takes depends on the geometry only.
     Codewords are normal with the variance of He initialisation, so that responses
@@ -145,18 +147,20 @@ def alexnet_drawn(settings: Mapping[str, LayerSettings], seed: int = 0) -> Netwo
 
     Parameters
     ----------
+    architecture : str
+        A key of ``qcnn_py.published_networks.PUBLISHED_NETWORKS``.
     settings : mapping of str to LayerSettings
-        Settings of each of the layers ``conv1`` … ``conv5``, ``fc6`` … ``fc8``;
-        a layer with ``dense`` gets dense weights.
+        Settings of each of its conv and fc layers; a layer with ``dense`` gets dense
+        weights.
     seed : int
         Seed of the parameters.
 
     Raises
     ------
     ConfigError
-        If a layer has no settings.
+        If there is no such architecture or a layer has no settings.
     """
-    published = published_network("AlexNet")
+    published = published_network(architecture)
     rng = np.random.default_rng(seed)
     nodes: list[Node] = []
     tensors: dict[str, npt.NDArray[Any]] = {}
@@ -176,7 +180,7 @@ def alexnet_drawn(settings: Mapping[str, LayerSettings], seed: int = 0) -> Netwo
         nodes.append(node.with_attributes(weights=weights))
         tensors |= {f"{node.name}.{suffix}": array for suffix, array in arrays.items()}
         tensors[f"{node.name}.bias"] = np.zeros(shape[0], np.float32)
-    origin = {"architecture": "AlexNet", "parameters": "drawn", "seed": seed}
+    origin = {"architecture": architecture, "parameters": "drawn", "seed": seed}
     return Network(nodes, tensors, published.input_shape, metadata={"origin": origin})
 
 

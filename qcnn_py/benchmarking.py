@@ -1,9 +1,10 @@
-"""The speed test: dense float32 against product-quantised, in one process.
+"""The speed test: dense, product-quantised and other engines, in one process.
 
 The protocol of Wu et al., Quantized Convolutional Neural Networks for Mobile Devices
 (2016): single images, one thread, 100 images, 5 repeats. The contenders take turns in
-short blocks, so that a change of clock rate or load meets all of them alike, and the
-process stays on as many cores as it has threads.
+short rounds, so that a change of clock rate or load meets all of them alike, and the
+process stays on as many cores as it has threads. What a machine's noise leaves most
+alone is the ratio of two contenders within a round; the report gives its median.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ import gc
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,30 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qcnn_py.errors import ConfigError, ShapeError
+from qcnn_py.contenders import Contender, compile_peers, packages_of
+from qcnn_py.errors import ConfigError, QcnnError, ShapeError
 from qcnn_py.model import Model, available_isas
 from qcnn_py.network import FloatArray, LayerInfo, Network
 
-__all__ = ["Contender", "benchmark", "describe_environment", "format_table"]
+__all__ = [
+    "N_IMAGES",
+    "Contender",
+    "benchmark",
+    "describe_environment",
+    "format_table",
+]
 
-# Batches that a contender runs before the next one takes its turn. Each block starts
-# with an untimed batch: the contender before has filled the caches with its weights.
-_BLOCK = 10
+# Batches that a contender runs in a round, before the next one takes its turn. Each
+# turn starts with an untimed batch: the contender before has filled the caches with
+# its weights.
+_TURN = 10
 
-# Distinct images drawn where none are given: enough that no branch or cache line is
-# learnt by heart, few enough to stay small at any batch size.
-_DRAWN_IMAGES = 100
+# Batches whose outputs are compared.
+_COMPARED = 4
+
+N_IMAGES = 100
+"""Distinct images that a speed test needs, and draws where it is given none: enough
+that no branch or cache line is learnt by heart, few enough to stay small."""
 
 PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     "AlexNet": {
@@ -51,25 +62,6 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = {
 """Published speed tests by architecture."""
 
 
-@dataclass(frozen=True)
-class Contender:
-    """Something that classifies a batch and is timed.
-
-    Attributes
-    ----------
-    name : str
-        Short name, unique among the contenders.
-    description : str
-        What runs: format of the weights, engine.
-    run : callable
-        Takes a float32 array of shape (N, C, H, W); what it returns is dropped.
-    """
-
-    name: str
-    description: str
-    run: Callable[[FloatArray], object]
-
-
 def benchmark(
     network: Network,
     *,
@@ -78,13 +70,15 @@ def benchmark(
     batch_size: int = 1,
     warmup: int = 3,
     threads: int = 1,
-    precision: str = "fast",
+    precisions: Sequence[str] = ("fast", "exact"),
     isa: str | None = None,
     seed: int = 0,
     images: npt.ArrayLike | None = None,
-    peers: Sequence[Contender] = (),
+    peers: Sequence[str | Contender] = (),
 ) -> dict[str, Any]:
     """Time a quantised network against its decoded weights in dense float32.
+
+    The contenders are called ``dense``, ``quantized-<precision>`` and as `peers` says.
 
     Parameters
     ----------
@@ -99,15 +93,18 @@ def benchmark(
     warmup : int
         Untimed batches of each contender before each repeat.
     threads : int
-        Threads of our engine; the process is kept on as many cores.
-    precision, isa
+        Threads of each engine; the process is kept on as many cores.
+    precisions : sequence of str
+        Precisions of the quantised network; layers are timed in the first.
+    isa
         See :meth:`qcnn_py.Network.compile`.
     seed : int
         Seed of the drawn images.
     images : array of float32, shape (N, C, H, W), optional
         Preprocessed images, used in turn; standard normal noise by default.
-    peers : sequence of Contender
-        Others that take part, timed the same way.
+    peers : sequence of str or Contender
+        Others that take part, timed the same way: keys of
+        ``qcnn_py.contenders.PEERS``, engines that get the decoded network.
 
     Returns
     -------
@@ -119,9 +116,12 @@ def benchmark(
     Raises
     ------
     ConfigError
-        If a count is below 1 or the precision or ISA is not available.
+        If a count is below 1, there is no precision, a name is given twice, or a
+        precision, ISA or peer is not available.
     ShapeError
         If `images` do not fit the network.
+    QcnnError
+        If a peer does not compute what the dense network does.
     """
     counts = {
         "repeats": repeats,
@@ -132,32 +132,57 @@ def benchmark(
     for name, count in counts.items():
         if count < 1:
             raise ConfigError(f"{name} is {count}, expected at least 1")
+    if not precisions:
+        raise ConfigError("precisions is empty, expected at least one")
+    for key, names in (
+        ("precisions", list(precisions)),
+        ("peers", [x if isinstance(x, str) else x.name for x in peers]),
+    ):
+        if len(set(names)) < len(names):
+            raise ConfigError(f"{key} is {names}, expected each name once")
+    # Asked for before anything is computed: what is missing shows at once.
+    packages = packages_of([peer for peer in peers if isinstance(peer, str)])
     inputs = _batches(network, batch_size, images, seed)
-    # The engine's threads inherit the cores of the thread that starts them.
-    with _pinned(threads) as cores, _no_garbage_collection():
-        dense = network.decoded().compile(precision, isa, threads)
-        quantized = network.compile(precision, isa, threads)
+    # The engines' threads inherit the cores of the thread that starts them.
+    with _pinned(threads) as cores:
+        dense = network.decoded().compile("exact", isa, threads)
+        quantized = [
+            network.compile(precision, isa, threads) for precision in precisions
+        ]
         contenders = [
             Contender("dense", "dense float32, our engine", dense),
-            Contender("quantized", "product-quantised, our engine", quantized),
-            *peers,
+            *(
+                Contender(
+                    f"quantized-{model.precision}",
+                    f"product-quantised {model.precision}, our engine",
+                    model,
+                )
+                for model in quantized
+            ),
+            *_resolve(peers, network, inputs, threads),
         ]
-        times = np.stack(
-            [_take_turns(contenders, inputs, batches, warmup) for _ in range(repeats)],
-            axis=1,
-        )
-        layers = [
-            _layer_entry(layer, kernels, layer_times)
-            for layer, kernels, layer_times in zip(
-                network.layers,
-                zip(_kernel_names(dense), _kernel_names(quantized), strict=True),
-                _time_layers(dense, quantized, inputs[0], batches, warmup),
-                strict=True,
+        errors = _compare_outputs(contenders, inputs[:_COMPARED])
+        with _no_garbage_collection():
+            times = np.stack(
+                [
+                    _take_turns(contenders, inputs, batches, warmup)
+                    for _ in range(repeats)
+                ],
+                axis=1,
             )
-        ]
+            layers = [
+                _layer_entry(layer, kernels, layer_times)
+                for layer, kernels, layer_times in zip(
+                    network.layers,
+                    zip(_kernel_names(dense), _kernel_names(quantized[0]), strict=True),
+                    _time_layers(dense, quantized[0], inputs[0], batches, warmup),
+                    strict=True,
+                )
+            ]
 
     medians = np.median(times, axis=2)
     averages = medians.mean(axis=1)
+    rounds = _round_medians(times)
     # Metadata are free: another tool may have put anything there.
     stated = network.metadata.get("origin")
     origin = stated if isinstance(stated, dict) else {}
@@ -165,13 +190,13 @@ def benchmark(
         "settings": {
             **counts,
             "warmup": warmup,
-            "precision": precision,
-            "isa": quantized.isa,
+            "precisions": list(precisions),
+            "isa": dense.isa,
             "inputs": "drawn" if images is None else "images",
             "cores": cores,
             "seed": seed,
         },
-        "environment": describe_environment(),
+        "environment": describe_environment(packages),
         "network": {
             "architecture": origin.get("architecture"),
             "parameters_drawn": origin.get("parameters") == "drawn",
@@ -188,9 +213,15 @@ def benchmark(
                 "spread_ms": _spread(of_repeat),
                 "speedup": float(averages[0] / average),
                 "speedup_spread": _spread(medians[0] / of_repeat),
+                "ratios": {
+                    other.name: _ratio(of_other / of_round)
+                    for other, of_other in zip(contenders, rounds, strict=True)
+                    if other is not contender
+                },
+                "relative_error": error,
             }
-            for contender, of_contender, of_repeat, average in zip(
-                contenders, times, medians, averages, strict=True
+            for contender, of_contender, of_repeat, of_round, average, error in zip(
+                contenders, times, medians, rounds, averages, errors, strict=True
             )
         ],
         "operations": _operations(network.layers),
@@ -199,8 +230,14 @@ def benchmark(
     }
 
 
-def describe_environment() -> dict[str, Any]:
-    """Return CPU, instruction sets, system and versions as plain JSON values."""
+def describe_environment(packages: Sequence[str] = ()) -> dict[str, Any]:
+    """Return CPU, instruction sets, system and versions as plain JSON values.
+
+    Parameters
+    ----------
+    packages : sequence of str
+        Packages besides NumPy and this one whose versions count.
+    """
     cpu, flags = _cpu()
     return {
         "cpu": cpu,
@@ -209,7 +246,9 @@ def describe_environment() -> dict[str, Any]:
         "isas": available_isas(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in ("numpy", "qcnn")},
+        "packages": {
+            name: metadata.version(name) for name in ("numpy", "qcnn", *packages)
+        },
     }
 
 
@@ -223,7 +262,7 @@ def format_table(result: Mapping[str, Any]) -> str:
     )
     lines = [
         f"{result['environment']['cpu']}, {settings['isa']}, "
-        f"precision {settings['precision']}, {settings['threads']} thread(s), "
+        f"{settings['threads']} thread(s), "
         f"{settings['batch_size']} image(s) per batch",
         f"ms per image, median of {settings['batches']} batches"
         + ("; parameters and codes are drawn" * network["parameters_drawn"]),
@@ -245,6 +284,26 @@ def format_table(result: Mapping[str, Any]) -> str:
             f"{published['dense_ms']:.3f} ms / {published['quantized_ms']:.3f} ms = "
             f"{published['speedup']:.2f}x on {published['cpu']}"
         )
+    names = [each["name"] for each in contenders]
+    label = max(map(len, names)) + 2
+    lines += [
+        "",
+        "how many times as fast as the others (median of rounds), and relative L2",
+        "distance of the output from that of dense",
+        "",
+        " " * label
+        + "".join(name.rjust(width) for name in names)
+        + "distance".rjust(width),
+    ]
+    for each in contenders:
+        ratios = [
+            each["ratios"][other]["median"] if other in each["ratios"] else 1.0
+            for other in names
+        ]
+        cells = "".join(f"{ratio:{width - 1}.2f}x" for ratio in ratios)
+        lines.append(
+            f"{each['name']:<{label}}{cells}{each['relative_error']:{width}.1e}"
+        )
     return "\n".join(lines)
 
 
@@ -253,12 +312,45 @@ def _table_row(label: str, times: Sequence[float], speedup: float, width: int) -
     return f"{label:<9}{cells}{speedup:11.2f}x"
 
 
+def _resolve(
+    peers: Sequence[str | Contender],
+    network: Network,
+    inputs: Sequence[FloatArray],
+    threads: int,
+) -> list[Contender]:
+    """Load the peers that are given by name; keep the order."""
+    names = [peer for peer in peers if isinstance(peer, str)]
+    compiled = iter(compile_peers(names, network, inputs, threads))
+    return [next(compiled) if isinstance(peer, str) else peer for peer in peers]
+
+
+def _compare_outputs(
+    contenders: Sequence[Contender], inputs: Sequence[FloatArray]
+) -> list[float]:
+    """Return each contender's relative L2 distance to the output of the first."""
+    expected = np.stack([contenders[0].run(batch) for batch in inputs])
+    # Of an output that is zero the distance itself.
+    norm = float(np.linalg.norm(expected)) or 1.0
+    errors = []
+    for contender in contenders:
+        outputs = np.stack([contender.run(batch) for batch in inputs])
+        error = float(np.linalg.norm(outputs - expected)) / norm
+        # Also where it is not a number.
+        if not error <= contender.max_error:
+            raise QcnnError(
+                f"{contender.name}: output differs from dense float32 by a relative "
+                f"L2 distance of {error:.3g}, expected at most {contender.max_error:g}"
+            )
+        errors.append(error)
+    return errors
+
+
 def _batches(
     network: Network, batch_size: int, images: npt.ArrayLike | None, seed: int
 ) -> list[FloatArray]:
     """Cut images into batches of equal size, repeating them to fill the last."""
     if images is None:
-        count = max(batch_size, _DRAWN_IMAGES // batch_size * batch_size)
+        count = max(batch_size, N_IMAGES // batch_size * batch_size)
         shape = (count, *network.input_shape)
         array = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
     else:
@@ -286,10 +378,10 @@ def _take_turns(
         for index in range(warmup):
             contender.run(inputs[index % len(inputs)])
     order = list(enumerate(contenders))
-    for start in range(0, batches, _BLOCK):
+    for start in range(0, batches, _TURN):
         for row, contender in order:
             contender.run(inputs[start % len(inputs)])
-            for index in range(start, min(start + _BLOCK, batches)):
+            for index in range(start, min(start + _TURN, batches)):
                 batch = inputs[index % len(inputs)]
                 begin = time.perf_counter_ns()
                 contender.run(batch)
@@ -298,6 +390,18 @@ def _take_turns(
         # No contender is always the one that runs after the slowest.
         order.reverse()
     return times
+
+
+def _round_medians(times: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the median of each contender's turn in each round of all repeats.
+
+    From shape (contenders, repeats, batches) to (contenders, rounds).
+    """
+    starts = range(0, times.shape[2], _TURN)
+    return np.concatenate(
+        [np.median(times[:, :, start : start + _TURN], axis=2) for start in starts],
+        axis=1,
+    )
 
 
 def _time_layers(
@@ -338,6 +442,15 @@ def _statistics(times: npt.NDArray[np.float64]) -> dict[str, float]:
         "lower_quartile": float(lower),
         "upper_quartile": float(upper),
         "maximum": float(times.max()),
+    }
+
+
+def _ratio(ratios: npt.NDArray[np.float64]) -> dict[str, float]:
+    lower, median, upper = np.quantile(ratios, [0.25, 0.5, 0.75])
+    return {
+        "median": float(median),
+        "lower_quartile": float(lower),
+        "upper_quartile": float(upper),
     }
 
 
@@ -440,4 +553,4 @@ def _cpu() -> tuple[str, list[str]]:
     return fields.get("model name", platform.machine()), sorted(vector)
 
 
-_VECTOR_FLAGS = ("avx", "fma", "f16c", "sse4", "ssse3", "asimd", "neon", "sve")
+_VECTOR_FLAGS = ("amx", "avx", "fma", "f16c", "sse4", "ssse3", "asimd", "neon", "sve")

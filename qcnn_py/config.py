@@ -28,6 +28,7 @@ from pydantic_core import ErrorDetails
 
 from qcnn_py.dataset_config import DatasetConfig, DigitsConfig
 from qcnn_py.errors import ConfigError
+from qcnn_py.published_networks import published_network
 
 LayerKind = Literal["conv", "fc"]
 """The two kinds of layer that have weights to quantise."""
@@ -37,17 +38,24 @@ LayerNames = Sequence[tuple[str, LayerKind]]
 
 RunName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
-ALEXNET_LAYERS: LayerNames = (
-    *((f"conv{i}", "conv") for i in range(1, 6)),
-    *((f"fc{i}", "fc") for i in range(6, 9)),
-)
-"""The layers of :func:`qcnn_py.architectures.alexnet`."""
+# scikit-learn takes 32 bits, and replicate i uses seed + i.
+_LARGEST_SEED = 2**31 - 1
+
+ARCHITECTURES = {
+    "alexnet": "AlexNet",
+    "caffenet": "CaffeNet",
+    "vgg-cnn-s": "VggCnnS",
+    "vgg-16": "VGG16",
+    "caffenet-fgb": "CaffeNetFGB",
+    "caffenet-fgd": "CaffeNetFGD",
+}
+"""The published networks that are only timed, as the configuration calls them."""
 
 
 class Section(BaseModel):
     """A part of the configuration: immutable, unknown keys refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @classmethod
     def from_mapping(cls, data: Any) -> Self:
@@ -167,26 +175,35 @@ class Preset(Section):
     last: LayerOverrides
 
 
-PRESETS: Mapping[str, Preset] = {
-    # Wu et al., Quantized Convolutional Neural Networks for Mobile Devices (2016),
-    # the setting of their AlexNet speed test: conv 8/128, fc 4/32, last fc 1/16.
-    "paper-alexnet": Preset(
-        conv=LayerOverrides(subvector_dim=8, n_centroids=128),
+def _preset(conv_subvector_dim: int) -> Preset:
+    """Return the authors' settings, which differ in the convolutions only."""
+    return Preset(
+        conv=LayerOverrides(subvector_dim=conv_subvector_dim, n_centroids=128),
         fc=LayerOverrides(subvector_dim=4, n_centroids=32),
         last=LayerOverrides(subvector_dim=1, n_centroids=16),
     )
+
+
+# Wu et al., Quantized Convolutional Neural Networks for Mobile Devices (2016), tables
+# of whole networks; the last layer as in the speed test of their implementation.
+PRESETS: Mapping[str, Preset] = {
+    "paper-alexnet": _preset(8),
+    "paper-vgg-cnn-s": _preset(8),
+    "paper-vgg-16": _preset(6),
 }
+
+PresetName = Literal["paper-alexnet", "paper-vgg-cnn-s", "paper-vgg-16"]
 
 
 class QuantizeConfig(LayerOverrides):
     """Quantisation of a network: settings for all layers, by kind and by name."""
 
-    preset: Literal["paper-alexnet"] | None = Field(
+    preset: PresetName | None = Field(
         default=None,
         description=(
             "Published settings to start from; every key given here beats them. "
-            "paper-alexnet: conv 8/128, fc 4/32, last layer 1/16 "
-            "(subvector_dim/n_centroids)."
+            "paper-alexnet and paper-vgg-cnn-s: conv 8/128, fc 4/32, last layer 1/16 "
+            "(subvector_dim/n_centroids). paper-vgg-16: the same with conv 6/128."
         ),
     )
     conv: LayerOverrides = Field(
@@ -363,8 +380,15 @@ NetworkConfig = Annotated[
 ]
 
 
+PrecisionName = Literal["exact", "fast"]
+
+PeerName = Literal[
+    "onnxruntime-fp32", "onnxruntime-int8", "openvino-fp32", "openvino-int8"
+]
+
+
 class BenchmarkConfig(Section):
-    """The speed test: dense against quantised, in turns, in one process."""
+    """The speed test: dense, quantised and peers in turns, in one process."""
 
     repeats: int = Field(
         default=5, ge=1, description="Times the whole measurement is done."
@@ -374,11 +398,34 @@ class BenchmarkConfig(Section):
     warmup: int = Field(
         default=3, ge=0, description="Untimed batches before each repeat."
     )
-    threads: int = Field(default=1, ge=1, description="Threads of the engine.")
-    precision: Literal["exact", "fast"] = Field(
-        default="fast",
-        description="Look-up tables: exact is float32, fast the engine's choice.",
+    threads: int = Field(default=1, ge=1, description="Threads of each engine.")
+    precisions: tuple[PrecisionName, ...] = Field(
+        default=("fast", "exact"),
+        min_length=1,
+        description=(
+            "Precisions of the quantised network that race. exact: float32 tables and "
+            "sums; fast: the engine's choice. The first one leads the report and has "
+            "its layers timed."
+        ),
     )
+    peers: tuple[PeerName, ...] = Field(
+        default=(),
+        description=(
+            "Other engines that race with the decoded network, in float32 or in int8 "
+            "(static, calibrated on the images of the speed test). They need the "
+            "extra bench: pip install 'qcnn[bench]'."
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        for key in ("precisions", "peers"):
+            names = getattr(self, key)
+            if len(set(names)) < len(names):
+                raise ValueError(
+                    f"{key}: got {', '.join(names)}, expected each name once"
+                )
+        return self
 
 
 class ReportConfig(Section):
@@ -401,6 +448,7 @@ class PipelineConfig(Section):
     seed: int = Field(
         default=0,
         ge=0,
+        le=_LARGEST_SEED,
         description="Seed of all random choices; replicate i uses seed + i.",
     )
     replicates: int = Field(
@@ -448,29 +496,69 @@ class PipelineConfig(Section):
         return self
 
 
+def _published_settings(data: Mapping[str, Any]) -> QuantizeConfig:
+    """Return the settings of a speed run that gives none of its own."""
+    presets: Mapping[str, PresetName] = {
+        "vgg-cnn-s": "paper-vgg-cnn-s",
+        "vgg-16": "paper-vgg-16",
+    }
+    # An architecture that was refused is not among the data.
+    name = presets.get(data.get("architecture", ""), "paper-alexnet")
+    return QuantizeConfig(preset=name)
+
+
 class SpeedConfig(Section):
     """The speed test alone, on an architecture with drawn parameters."""
 
     kind: Literal["speed"] = Field(
         default="speed", description="Speed only: no images, no accuracy."
     )
-    seed: int = Field(default=0, ge=0, description="Seed of the drawn parameters.")
-    architecture: Literal["alexnet"] = Field(
+    seed: int = Field(
+        default=0,
+        ge=0,
+        le=_LARGEST_SEED,
+        description="Seed of the drawn parameters.",
+    )
+    architecture: Literal[
+        "alexnet", "caffenet", "vgg-cnn-s", "vgg-16", "caffenet-fgb", "caffenet-fgd"
+    ] = Field(
         default="alexnet",
-        description="alexnet: 3x227x227 inputs, two groups in conv2, conv4 and conv5.",
+        description=(
+            "A published network, as Wu et al. build it. alexnet, caffenet: 3x227x227 "
+            "inputs, two groups in conv2, conv4 and conv5. vgg-cnn-s: CNN-S of "
+            "Chatfield et al. vgg-16: configuration D of Simonyan and Zisserman. "
+            "caffenet-fgb, caffenet-fgd: CaffeNet with 518 and 200 classes."
+        ),
     )
     quantize: QuantizeConfig = Field(
-        default=QuantizeConfig(preset="paper-alexnet"),
-        description="Codeword counts and lengths of its layers.",
+        default_factory=_published_settings,
+        description=(
+            "Codeword counts and lengths of its layers. Where it is left out, the "
+            "preset of the architecture: paper-alexnet for CaffeNets too."
+        ),
     )
     benchmark: BenchmarkConfig = Field(
         default=BenchmarkConfig(), description="The speed test."
     )
     report: ReportConfig = Field(default=ReportConfig(), description="The report.")
 
+    @property
+    def published_name(self) -> str:
+        """Name of the architecture in ``qcnn_py.published_networks``."""
+        return ARCHITECTURES[self.architecture]
+
+    @property
+    def layer_names(self) -> LayerNames:
+        """Names and kinds of the conv and fc layers, in order."""
+        shapes = published_network(self.published_name).weight_shapes
+        return tuple(
+            (name, "conv" if len(shape) == 4 else "fc")
+            for name, shape in shapes.items()
+        )
+
     @model_validator(mode="after")
     def _check_layers(self) -> Self:
-        self.quantize.check_layers(name for name, _ in ALEXNET_LAYERS)
+        self.quantize.check_layers(name for name, _ in self.layer_names)
         return self
 
 

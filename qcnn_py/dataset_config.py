@@ -25,7 +25,7 @@ Size = PositiveInt | tuple[PositiveInt, PositiveInt]
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ResizeConfig(_Settings):
@@ -38,7 +38,9 @@ class ResizeConfig(_Settings):
     method: ResizeMethod = Field(
         default="bilinear",
         description="Pillow's filter of that name; every one but nearest is "
-        "anti-aliased when it shrinks.",
+        "anti-aliased when it shrinks. corner_aligned is the one of the original "
+        "Quantized-CNN implementation: bilinear, corner pixels on corner pixels, "
+        "neither anti-aliased nor rounded to whole values.",
     )
 
 
@@ -81,10 +83,14 @@ class _DatasetSettings(_Settings):
         description="Factor on the stored values, before mean and std. null: 1/255 "
         "for 8-bit images, 1 for floating-point arrays.",
     )
-    mean: float | tuple[float, ...] = Field(
+    mean: Annotated[
+        float | tuple[float, ...] | Path, Field(union_mode="left_to_right")
+    ] = Field(
         default=0.0,
         description="Subtracted after scaling; one number, or one per channel in "
-        "channel_order.",
+        "channel_order, or a mean image: a .npy file, or a .bin file of the original "
+        "Quantized-CNN implementation, of the size that images are resized to or of "
+        "the crop, channels (in channel_order) first.",
     )
     std: PositiveFloat | tuple[PositiveFloat, ...] = Field(
         default=1.0,
@@ -114,9 +120,15 @@ class _DatasetSettings(_Settings):
     )
 
     @property
-    def input_paths(self) -> tuple[Path, ...]:
-        """Files and folders that the data set is read from."""
+    def source_paths(self) -> tuple[Path, ...]:
+        """Files and folders that images, labels and class names are read from."""
         return ()
+
+    @property
+    def input_paths(self) -> tuple[Path, ...]:
+        """Files and folders that the data set is made from."""
+        means = (self.mean,) if isinstance(self.mean, Path) else ()
+        return (*self.source_paths, *means)
 
 
 class DigitsConfig(_DatasetSettings):
@@ -148,8 +160,8 @@ class ImagesConfig(_DatasetSettings):
     )
 
     @property
-    def input_paths(self) -> tuple[Path, ...]:
-        """Files and folders that the data set is read from."""
+    def source_paths(self) -> tuple[Path, ...]:
+        """Files and folders that images, labels and class names are read from."""
         return (self.path,)
 
 
@@ -182,8 +194,8 @@ class IdxConfig(_DatasetSettings):
         return self
 
     @property
-    def input_paths(self) -> tuple[Path, ...]:
-        """Files and folders that the data set is read from."""
+    def source_paths(self) -> tuple[Path, ...]:
+        """Files and folders that images, labels and class names are read from."""
         paths = (
             self.train_images,
             self.train_labels,
@@ -207,8 +219,8 @@ class CifarConfig(_DatasetSettings):
     )
 
     @property
-    def input_paths(self) -> tuple[Path, ...]:
-        """Files and folders that the data set is read from."""
+    def source_paths(self) -> tuple[Path, ...]:
+        """Files and folders that images, labels and class names are read from."""
         return (self.path,)
 
 
@@ -243,12 +255,56 @@ class NpzConfig(_DatasetSettings):
     )
 
     @property
-    def input_paths(self) -> tuple[Path, ...]:
-        """Files and folders that the data set is read from."""
+    def source_paths(self) -> tuple[Path, ...]:
+        """Files and folders that images, labels and class names are read from."""
         return (self.path,)
 
 
+class ReferenceConfig(_DatasetSettings):
+    """The files of the original Quantized-CNN implementation's speed test.
+
+    1000 images of ILSVRC-12, prepared: the network's input as it is.
+    """
+
+    source: Literal["reference"] = Field(
+        description="Prepared images of the original Quantized-CNN implementation."
+    )
+    path: Path = Field(
+        description="Folder with dataMatTst.single.bin and lablVecTst.uint16.bin."
+    )
+    test_split: Literal["folds"] = Field(
+        default="folds",
+        description="The files have no training images: stratified folds; replicate "
+        "i is tested on fold i, and the others' images calibrate. Classes may lack "
+        "images.",
+    )
+    n_classes: PositiveInt = Field(
+        default=1000, description="Classes that the labels number from 0."
+    )
+    class_names: Path | None = Field(
+        default=None,
+        description="Text file with the name of each class in a line, for example "
+        "class_names.txt; null: the numbers themselves.",
+    )
+
+    @property
+    def source_paths(self) -> tuple[Path, ...]:
+        """Files and folders that images, labels and class names are read from."""
+        names = () if self.class_names is None else (self.class_names,)
+        return (self.images, self.labels, *names)
+
+    @property
+    def images(self) -> Path:
+        """File of the images."""
+        return self.path / "dataMatTst.single.bin"
+
+    @property
+    def labels(self) -> Path:
+        """File of the labels."""
+        return self.path / "lablVecTst.uint16.bin"
+
+
 DatasetConfig = Annotated[
-    DigitsConfig | ImagesConfig | IdxConfig | CifarConfig | NpzConfig,
+    DigitsConfig | ImagesConfig | IdxConfig | CifarConfig | NpzConfig | ReferenceConfig,
     Field(discriminator="source"),
 ]

@@ -29,9 +29,11 @@ from qcnn_py.dataset_config import (
     IdxConfig,
     ImagesConfig,
     NpzConfig,
+    ReferenceConfig,
 )
-from qcnn_py.errors import DatasetError
-from qcnn_py.preprocessing import ChannelOrder, decode_image
+from qcnn_py.errors import DatasetError, ModelFormatError
+from qcnn_py.preprocessing import ChannelOrder, Pixels, decode_image
+from qcnn_py.reference_format import map_bin
 
 __all__ = ["SPLITS", "Source", "SplitName", "open_source"]
 
@@ -39,7 +41,6 @@ SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 
 IntArray = npt.NDArray[np.int64]
-Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 
 _IMAGE_SUFFIXES = (
     ".bmp",
@@ -80,6 +81,9 @@ class Source:
         Decodes an item: a picture, or an array (C, H, W) where it holds none.
     item_name : callable
         What errors call an item.
+    has_every_class : bool
+        Whether each class has an image, as training needs; images that are drawn
+        for a given network's many classes may lack some.
     """
 
     name: str
@@ -89,6 +93,7 @@ class Source:
     channel_order: ChannelOrder | None
     read: Callable[[int], Image.Image | Pixels]
     item_name: Callable[[int], str]
+    has_every_class: bool = True
 
 
 @contextmanager
@@ -109,6 +114,8 @@ def open_source(config: DatasetConfig) -> Iterator[Source]:
             yield _read_cifar(config)
         case NpzConfig():
             yield _read_npz(config)
+        case ReferenceConfig():
+            yield _read_reference(config)
         case ImagesConfig(path=path) if path.is_dir():
             files, folders = _list_folder(path)
             yield _index_images(
@@ -144,7 +151,7 @@ def _open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
         raise DatasetError(
             f"{path}: not found, expected a folder of images or a zip of one"
         ) from error
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
         raise DatasetError(
             f"{path}: expected a folder of images or a zip of one, got {error}"
         ) from error
@@ -519,7 +526,14 @@ def _read_npz(config: NpzConfig) -> Source:
     try:
         loaded = np.load(data, allow_pickle=False)
         arrays = {name: loaded[name] for name in loaded.files}
-    except (AttributeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        AttributeError,
+        OSError,
+        EOFError,
+        RuntimeError,  # An encrypted member, or a kind of zip that Python cannot read.
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise DatasetError(f"{path}: expected a .npz file, got {error}") from error
     except ValueError as error:
         raise DatasetError(
@@ -573,3 +587,67 @@ def _npz_part(
     if images.ndim == 4 and config.layout == "nhwc":
         images = images.transpose(0, 3, 1, 2)
     return _Arrays(images, labels)
+
+
+def _read_reference(config: ReferenceConfig) -> Source:
+    """Index the original implementation's files, float32 (N, C, H, W) and labels."""
+    images = _map_bin(config.images, "<f4", (None, None, None, None))
+    # One label per image; whether as a row or a column is not documented.
+    labels = _map_bin(config.labels, "<u2", None)
+    if labels.size != len(images) or max(labels.shape) != labels.size:
+        raise DatasetError(
+            f"{config.labels}: got labels of shape {labels.shape}, expected one for "
+            f"each of the {len(images)} images of {config.images.name}"
+        )
+    largest = int(labels.max())
+    if largest >= config.n_classes:
+        raise DatasetError(
+            f"{config.labels}: got label {largest}, expected less than "
+            f"dataset.n_classes, {config.n_classes}"
+        )
+    class_names = [str(number) for number in range(config.n_classes)]
+    if config.class_names is not None:
+        text = _read_bytes(config.class_names, "class names").decode("utf-8", "replace")
+        class_names = text.splitlines()
+        if len(class_names) != config.n_classes:
+            raise DatasetError(
+                f"{config.class_names}: got {len(class_names)} lines, expected "
+                f"{config.n_classes} class names, as dataset.n_classes says"
+            )
+
+    def item_name(item: int) -> str:
+        return f"{config.images}, image {item}"
+
+    def read(item: int) -> Pixels:
+        image: Pixels = np.array(images[item], np.float32)
+        if not np.isfinite(image).all():
+            raise DatasetError(
+                f"{item_name(item)}: got NaN or infinite values, expected finite ones"
+            )
+        return image
+
+    return Source(
+        name=str(config.path),
+        class_names=tuple(class_names),
+        labels=labels.reshape(-1).astype(np.int64),
+        parts={"train": np.arange(len(images))},
+        channel_order=None,
+        read=read,
+        item_name=item_name,
+        has_every_class=False,
+    )
+
+
+def _map_bin(
+    path: Path, dtype: str, expected: Sequence[None] | None
+) -> npt.NDArray[Any]:
+    try:
+        return map_bin(path, dtype, expected)
+    except FileNotFoundError as error:
+        raise DatasetError(
+            f"{path}: not found, expected a file of the original implementation"
+        ) from error
+    except ModelFormatError as error:
+        raise DatasetError(str(error)) from error
+    except OSError as error:
+        raise DatasetError(f"{path}: cannot be read: {error}") from error

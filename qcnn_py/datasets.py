@@ -11,7 +11,8 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -22,13 +23,12 @@ from qcnn_py.dataset_config import DatasetConfig
 from qcnn_py.dataset_sources import (
     SPLITS,
     IntArray,
-    Pixels,
     Source,
     SplitName,
     open_source,
 )
 from qcnn_py.errors import ConfigError, DatasetError, ModelFormatError
-from qcnn_py.preprocessing import Preprocessing
+from qcnn_py.preprocessing import MeanImage, Pixels, Preprocessing
 
 __all__ = ["Dataset", "Split", "prepare_dataset"]
 
@@ -223,8 +223,13 @@ def _split(
     rng = np.random.default_rng([seed, replicate])
     if config.test_split == "folds":
         pool = np.concatenate(list(members.values()))
+        if len(pool) < config.folds:
+            raise DatasetError(
+                f"{source.name}: got {len(pool)} images, expected at least "
+                f"{config.folds} for as many folds"
+            )
         smallest = int(np.bincount(labels[pool]).min())
-        if smallest < config.folds:
+        if source.has_every_class and smallest < config.folds:
             raise DatasetError(
                 f"{source.name}: the smallest class has {smallest} images, expected at "
                 f"least {config.folds} for as many folds"
@@ -294,21 +299,26 @@ def _resolve_preprocessing(source: Source, config: DatasetConfig) -> Preprocessi
     else:
         is_8_bit, n_channels = first.dtype == np.uint8, len(first)
     crop = config.crop
-    return Preprocessing(
+    preprocessing = Preprocessing(
         channel_order=channel_order,
         resize=None if config.resize is None else config.resize.size,
         resize_method="bilinear" if config.resize is None else config.resize.method,
         crop=(crop, crop) if isinstance(crop, int) else crop,
         scale=config.scale or (1 / 255 if is_8_bit else 1.0),
-        mean=_per_channel(config, "mean", n_channels),
-        std=_per_channel(config, "std", n_channels),
+        std=_per_channel("std", config.std, n_channels),
     )
+    mean: tuple[float, ...] | MeanImage
+    if isinstance(config.mean, Path):
+        shape = _prepared(first, preprocessing, source.name).shape
+        mean = MeanImage.read(config.mean, shape, preprocessing.resize)
+    else:
+        mean = _per_channel("mean", config.mean, n_channels)
+    return replace(preprocessing, mean=mean)
 
 
 def _per_channel(
-    config: DatasetConfig, option: Literal["mean", "std"], n_channels: int
+    option: str, value: float | tuple[float, ...], n_channels: int
 ) -> tuple[float, ...]:
-    value = getattr(config, option)
     values = value if isinstance(value, tuple) else (value,)
     if len(values) not in (1, n_channels):
         raise ConfigError(
@@ -318,14 +328,20 @@ def _per_channel(
     return values
 
 
+def _prepared(
+    decoded: Image.Image | Pixels, preprocessing: Preprocessing, name: str
+) -> Pixels:
+    """Return an item as an array (C, H, W), not normalised."""
+    if isinstance(decoded, Image.Image):
+        return preprocessing.pixels(decoded, name=name)
+    return decoded
+
+
 def _gather(source: Source, preprocessing: Preprocessing, members: IntArray) -> Pixels:
     """Decode items one after the other into an array (N, C, H, W)."""
 
     def prepared(item: int) -> Pixels:
-        decoded = source.read(item)
-        if isinstance(decoded, Image.Image):
-            return preprocessing.pixels(decoded, name=source.item_name(item))
-        return decoded
+        return _prepared(source.read(item), preprocessing, source.item_name(item))
 
     # The shape comes from the first training image, also for a split without images.
     first = prepared(int(source.parts["train"][0]))

@@ -223,7 +223,7 @@ def _plural(count: int, noun: str) -> str:
 def _headline(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return class, number and noun of each part of the heading."""
     size = report["size"].get("file", report["size"]["parameters"])
-    speed = _faster(_contender(report, "quantized"))
+    speed = _faster(_compared(report)[1])
     parts = [("win", _times(size["compression"]), "smaller"), ("win", *speed)]
     if report["kind"] == "pipeline":
         parts.append(("cost", *_lost(report["accuracy"]["points_lost"]["mean"])))
@@ -237,9 +237,10 @@ def _lost(points: float) -> tuple[str, str]:
     return f"{abs(points):.2f}{_NBSP}points", f"of accuracy {change}"
 
 
-def _contender(report: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    contenders: Sequence[Mapping[str, Any]] = report["speed"]["contenders"]
-    return next(each for each in contenders if each["name"] == name)
+def _compared(report: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Return the contenders that the page is about: dense and the first quantised."""
+    dense, quantized, *_ = report["speed"]["contenders"]
+    return dense, quantized
 
 
 def _pipeline_lede(report: Mapping[str, Any]) -> str:
@@ -292,7 +293,7 @@ def _pipeline_cards(report: Mapping[str, Any]) -> list[Card]:
 def _win_card(report: Mapping[str, Any]) -> Card:
     file = report["size"].get("file")
     size = file or report["size"]["parameters"]
-    before, after = (_contender(report, name) for name in ("dense", "quantized"))
+    before, after = _compared(report)
     speed = " ".join(_faster(after))
     drawing = figures.gains(
         (size["before"], size["after"], _bytes(size["before"]), _bytes(size["after"])),
@@ -362,7 +363,7 @@ def _error(layer: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _speed_cards(report: Mapping[str, Any]) -> list[Card]:
-    measured = _contender(report, "quantized")["speedup"]
+    measured = _compared(report)[1]["speedup"]
     theoretical = report["speed"]["operations"]["theoretical_speedup"]
     rows = [("promised", theoretical), ("measured", measured)]
     if (published := report["speed"]["published"]) is not None:
@@ -589,15 +590,22 @@ def _response_sections(report: Mapping[str, Any]) -> list[Section]:
     layers = _layers_with_errors(report)
     if not layers:
         return []
+    # A layer that k-means alone has quantised says nothing about error correction.
+    corrected = [layer for layer in layers if _error(layer)["method"] != "kmeans"]
     better = [
         layer
-        for layer in layers
+        for layer in corrected
         if _error(layer)["relative"]["mean"] < _error(layer)["kmeans_relative"]["mean"]
     ]
     where = (
         "every layer"
         if len(better) == len(layers)
         else (f"{len(better)} of {len(layers)} layers")
+    )
+    heading = (
+        f"Error correction beats plain k-means on {where}"
+        if corrected
+        else "The layers are quantised by plain k-means"
     )
     rows = [
         figures.Errors(
@@ -630,7 +638,7 @@ def _response_sections(report: Mapping[str, Any]) -> list[Section]:
     return [
         Section(
             "response",
-            f"Error correction beats plain k-means on {where}",
+            heading,
             [
                 "A layer's response is what it puts out before its activation. Its "
                 "error is measured against the unquantised layer's response on "
@@ -742,7 +750,8 @@ def _column(entries: Sequence[Mapping[str, float]], measure: str) -> list[float]
 def _speed_section(report: Mapping[str, Any]) -> Section:
     speed = report["speed"]
     settings, contenders = speed["settings"], speed["contenders"]
-    quantized = _contender(report, "quantized")
+    quantized = _compared(report)[1]
+    peers = contenders[1 + len(settings["precisions"]) :]
     theoretical = speed["operations"]["theoretical_speedup"]
     images = (
         "single images"
@@ -754,9 +763,19 @@ def _speed_section(report: Mapping[str, Any]) -> Section:
         f"measured: {_times(quantized['speedup'])}.",
         f"{_plural(settings['repeats'], 'repeat')} of {settings['batches']} {images}, "
         f"{_plural(settings['threads'], 'thread')} on {report['environment']['cpu']} "
-        f"({settings['isa']}, {settings['precision']} precision). The engines take "
-        "turns in short blocks; each repeat counts with its median.",
+        f"({settings['isa']}, {settings['precisions'][0]} precision). The contenders "
+        "take turns in short rounds; each repeat counts with its median.",
     ]
+    if peers:
+        compared = ", ".join(
+            f"{_times(quantized['ratios'][peer['name']]['median'])} "
+            f"{peer['description']}"
+            for peer in peers
+        )
+        words.append(
+            "Other engines run the same network with dense weights. Measured round by "
+            f"round, the quantised one is as fast as {compared}."
+        )
     if (published := speed["published"]) is not None:
         words.append(
             f"The authors of the paper count {published['theoretical_speedup']:.2f}"
@@ -764,7 +783,11 @@ def _speed_section(report: Mapping[str, Any]) -> Section:
             f"{published['dense_ms']:.1f}{_ARROW}{published['quantized_ms']:.1f}"
             f"{_NBSP}ms against {published['baseline']} on an {published['cpu']}."
         )
-    colors = {"dense": figures.BEFORE, "quantized": figures.AFTER}
+    colors = [
+        figures.BEFORE,
+        *[figures.AFTER] * len(settings["precisions"]),
+        *[figures.OTHER] * len(peers),
+    ]
     drawing = figures.speed(
         [
             figures.Timing(
@@ -778,9 +801,9 @@ def _speed_section(report: Mapping[str, Any]) -> Section:
                     )
                     for repeat in each["repeats"]
                 ],
-                colors.get(each["name"], figures.OTHER),
+                color,
             )
-            for each in contenders
+            for each, color in zip(contenders, colors, strict=True)
         ],
         name="speed",
         title="Time per image",
@@ -830,6 +853,29 @@ def _speed_section(report: Mapping[str, Any]) -> Section:
                 for index, repeat in enumerate(each["repeats"])
             ],
         ),
+        Table(
+            "How many times as fast as each other, median and middle half of the "
+            "rounds",
+            ["contender", *(f"as {each['name']}" for each in contenders)],
+            [
+                [
+                    each["name"],
+                    *(
+                        _ratio(each["ratios"].get(other["name"]))
+                        for other in contenders
+                    ),
+                ]
+                for each in contenders
+            ],
+        ),
+        Table(
+            "Distance of the output from that of dense, relative L2",
+            ["contender", "runs", "distance"],
+            [
+                [each["name"], each["description"], f"{each['relative_error']:.1e}"]
+                for each in contenders
+            ],
+        ),
     ]
     caption = (
         "Average time per image. Below each bar, a line per repeat: median and middle "
@@ -844,6 +890,13 @@ def _speed_section(report: Mapping[str, Any]) -> Section:
         [Chart(Markup(drawing), caption)],
         tables,
     )
+
+
+def _ratio(ratio: Mapping[str, float] | None) -> str:
+    if ratio is None:
+        return ""
+    low, high = (_number(ratio[f"{part}_quartile"]) for part in ("lower", "upper"))
+    return f"{_times(ratio['median'])} ({low} to {high})"
 
 
 def _average_text(contender: Mapping[str, Any]) -> str:
@@ -898,13 +951,14 @@ def _layer_speed_section(report: Mapping[str, Any]) -> Section:
     )
     table = Table(
         "Operations and kernels",
-        ["layer", "dense", "quantised", "fewer", "kernel"],
+        ["layer", "dense", "quantised", "fewer", "dense kernel", "kernel"],
         [
             [
                 layer["name"],
                 _count(layer["dense_operations"]),
                 _count(layer["operations"]),
                 _times(layer["theoretical_speedup"]),
+                layer["dense_kernel"],
                 layer["kernel"],
             ]
             for layer in layers

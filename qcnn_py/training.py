@@ -84,8 +84,9 @@ def prepare_network(
     Returns
     -------
     network : Network
-        Dense, batch normalisation folded; the metadata hold the data set's
-        preprocessing and class names.
+        Dense, batch normalisation folded; the metadata hold class names and
+        preprocessing, the data set's or, where its images were prepared before, the
+        file's.
     history : dict
         See `qcnn_py.fitting.fit`; without epochs if the network was read.
 
@@ -114,5 +115,9 @@ def prepare_network(
                 f"network.path: {config.path} has {what} {got}, expected {expected} "
                 "for this data set"
             )
-    network = network.fold_batch_norms().replace(metadata=dataset.metadata())
-    return network, {"epochs": []}
+    metadata = dataset.metadata()
+    own = network.metadata.get("preprocessing")
+    if dataset.preprocessing.channel_order is None and own is not None:
+        # The data set does not know how a picture becomes an input.
+        metadata["preprocessing"] = own
+    return network.fold_batch_norms().replace(metadata=metadata), {"epochs": []}

@@ -47,6 +47,34 @@ def code_fingerprint(script: str | os.PathLike[str]) -> str:
     return digest.hexdigest()[:16]
 
 
+def folder_fingerprint(path: str | os.PathLike[str]) -> str | None:
+    """Return a hash of names, sizes and times of what is below a folder.
+
+    It stands in for the time of a folder, which stays when a file deeper in it is
+    added, changed or removed. Hidden files do not count.
+
+    Parameters
+    ----------
+    path : path
+        Anything; ``None`` is returned for what is no folder.
+    """
+    if not Path(path).is_dir():
+        return None
+    digest = hashlib.sha256()
+    for root, folders, files in os.walk(path, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        digest.update(f"{os.path.relpath(root, path)}\0".encode("utf-8", "replace"))
+        for name in sorted(files):
+            if name.startswith("."):
+                continue
+            file = Path(root, name)
+            # A link to nothing is what the job will complain about.
+            state = file.stat() if file.exists() else file.lstat()
+            entry = f"{name}\0{state.st_size}\0{state.st_mtime_ns}\0"
+            digest.update(entry.encode("utf-8", "replace"))
+    return digest.hexdigest()[:16]
+
+
 def modules_of(script: str | os.PathLike[str]) -> list[str]:
     """Return the modules of this package that a script imports, directly or not.
 

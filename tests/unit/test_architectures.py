@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qcnn_py.architectures import alexnet_drawn, conv_fc
-from qcnn_py.config import ALEXNET_LAYERS, LayerSettings, QuantizeConfig
+from qcnn_py.architectures import conv_fc, drawn_network
+from qcnn_py.config import LayerSettings, QuantizeConfig, SpeedConfig
 from qcnn_py.errors import ConfigError
 from qcnn_py.network import Network
 
@@ -65,17 +65,24 @@ def test_impossible_conv_fc_is_refused(changes: dict[str, Any], message: str) ->
         conv_fc(n_classes=10, **{**options, **changes})
 
 
-def drawn_alexnet(config: QuantizeConfig, seed: int = 0) -> Network:
+def drawn(config: SpeedConfig) -> Network:
     settings = {
-        name: config.resolve(name, kind, name == "fc8") for name, kind in ALEXNET_LAYERS
+        name: config.quantize.resolve(name, kind, name == "fc8")
+        for name, kind in config.layer_names
     }
-    return alexnet_drawn(settings, seed)
+    return drawn_network(config.published_name, settings, config.seed)
+
+
+def drawn_alexnet(config: QuantizeConfig, seed: int = 0) -> Network:
+    return drawn(SpeedConfig(quantize=config, seed=seed))
 
 
 def test_drawn_alexnet_has_the_published_cost() -> None:
     network = drawn_alexnet(QuantizeConfig(preset="paper-alexnet"))
     layers = network.layers
-    assert [(layer.name, layer.kind) for layer in layers] == list(ALEXNET_LAYERS)
+    assert [(layer.name, layer.kind) for layer in layers] == list(
+        SpeedConfig().layer_names
+    )
     assert network.input_shape == (3, 227, 227)
     assert network.shapes["pool5"] == (256, 6, 6)
     # Wu et al. 2016: 4.15x fewer operations, computed as 724.4 M against 174.3 M.
@@ -115,4 +122,31 @@ def test_drawn_alexnet_repeats_and_needs_all_settings() -> None:
     for name, array in first.items():
         np.testing.assert_array_equal(array, again[name])
     with pytest.raises(ConfigError, match="expected conv2 among them"):
-        alexnet_drawn({"conv1": LayerSettings()})
+        drawn_network("AlexNet", {"conv1": LayerSettings()})
+
+
+# Operation counts, in billions and as a ratio, and what enters the classifier.
+# Published: 4.15x for AlexNet, 4.14x for CaffeNet, 5.78x for CNN-S, 4.06x for VGG-16;
+# the last two networks have other numbers of classes than CaffeNet.
+COSTS = {
+    "alexnet": (0.7244, 4.156, (256, 6, 6)),
+    "caffenet": (0.7244, 4.156, (256, 6, 6)),
+    "vgg-cnn-s": (2.9277, 5.786, (512, 6, 6)),
+    "vgg-16": (15.4703, 4.059, (512, 7, 7)),
+    "caffenet-fgb": (0.7224, 4.192, (256, 6, 6)),
+    "caffenet-fgd": (0.7211, 4.217, (256, 6, 6)),
+}
+
+
+@pytest.mark.parametrize(("name", "cost"), COSTS.items(), ids=COSTS)
+def test_drawn_networks_have_the_published_cost(
+    name: str, cost: tuple[float, float, tuple[int, ...]]
+) -> None:
+    network = drawn(SpeedConfig.from_mapping({"architecture": name}))
+    dense = sum(layer.dense_operations for layer in network.layers)
+    quantized = sum(layer.operations for layer in network.layers)
+    expected_dense, expected_ratio, pooled = cost
+    assert dense == pytest.approx(expected_dense * 1e9, rel=1e-3)
+    assert dense / quantized == pytest.approx(expected_ratio, rel=1e-3)
+    assert network.shapes["pool5"] == pooled
+    assert all(layer.quantized for layer in network.layers)

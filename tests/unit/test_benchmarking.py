@@ -5,9 +5,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from qcnn_py import ConfigError, Network, QuantizedWeights, ShapeError
+from qcnn_py import ConfigError, Network, QcnnError, QuantizedWeights, ShapeError
 from qcnn_py.architectures import conv_fc
-from qcnn_py.benchmarking import Contender, benchmark, format_table
+from qcnn_py.benchmarking import (
+    Contender,
+    _round_medians,
+    benchmark,
+    format_table,
+)
 
 
 def small_network(metadata: dict[str, object] | None = None) -> Network:
@@ -51,8 +56,8 @@ def test_operations_are_counted_as_in_the_paper(result):
 
 
 def test_averages_are_means_of_medians(result):
-    dense, quantized = result["contenders"]
-    for contender in (dense, quantized):
+    dense, quantized, exact = result["contenders"]
+    for contender in (dense, quantized, exact):
         medians = [repeat["median"] for repeat in contender["repeats"]]
         assert len(medians) == 2
         assert contender["average_ms"] == pytest.approx(np.mean(medians))
@@ -116,8 +121,48 @@ def test_table_has_a_row_for_each_repeat_and_the_average(result):
     rows = {line.split()[0]: line.split()[1:] for line in lines if line[:1].isalnum()}
     quantized = result["contenders"][1]
     assert rows["2"][1] == f"{quantized['repeats'][1]['median']:.3f}"
-    assert rows["average"][2] == f"{quantized['speedup']:.2f}x"
-    assert f"{result['operations']['theoretical_speedup']:.2f}x" in lines[-1]
+    assert rows["average"][3] == f"{quantized['speedup']:.2f}x"
+    theoretical = f"{result['operations']['theoretical_speedup']:.2f}x"
+    assert f"theoretical speed-up (operation counts): {theoretical}" in lines
+    # The last row of ratios is that of the last contender.
+    name, *ratios, distance = lines[-1].split()
+    assert (name, ratios[-1]) == ("quantized-exact", "1.00x")
+    assert float(distance) < 1e-5
+
+
+def test_each_contender_is_compared_with_each_other(result):
+    names = ["dense", "quantized-fast", "quantized-exact"]
+    assert [each["name"] for each in result["contenders"]] == names
+    for contender in result["contenders"]:
+        others = [name for name in names if name != contender["name"]]
+        assert list(contender["ratios"]) == others
+        for ratio in contender["ratios"].values():
+            assert ratio["lower_quartile"] <= ratio["median"] <= ratio["upper_quartile"]
+
+
+def test_round_medians():
+    # Two contenders, two repeats of twelve batches: two rounds each.
+    times = np.arange(48, dtype=np.float64).reshape(2, 2, 12)
+    rounds = _round_medians(times)
+    np.testing.assert_array_equal(
+        rounds, [[4.5, 16.5, 10.5, 22.5], [28.5, 40.5, 34.5, 46.5]]
+    )
+
+
+def test_outputs_are_compared_with_dense(result):
+    dense, *others = result["contenders"]
+    assert dense["relative_error"] == 0
+    for contender in others:
+        assert 0 < contender["relative_error"] < 1e-2
+
+
+def test_contender_that_computes_something_else_is_refused():
+    wrong = Contender("peer", "is wrong", lambda images: np.ones((1, 4)), 1e-3)
+    with pytest.raises(QcnnError, match=r"peer: output differs .* at most 0\.001"):
+        benchmark(small_network(), peers=[wrong])
+
+
+ANSWER = np.full((1, 4), 0.25, np.float32)
 
 
 class Recorder:
@@ -132,6 +177,7 @@ class Recorder:
             self.calls.append(name)
             if hasattr(os, "sched_getaffinity"):
                 self.cores.add(frozenset(os.sched_getaffinity(0)))
+            return ANSWER
 
         return Contender(name, "does nothing", run)
 
@@ -139,19 +185,28 @@ class Recorder:
 def test_contenders_take_turns_and_the_first_changes():
     recorder = Recorder()
     peers = [recorder.contender(name) for name in "ab"]
-    result = benchmark(small_network(), repeats=1, batches=25, warmup=2, peers=peers)
+    result = benchmark(
+        small_network(),
+        repeats=1,
+        batches=25,
+        warmup=2,
+        precisions=["exact"],
+        peers=peers,
+    )
     # Each turn of ten batches begins with an untimed one.
     turns = [("a", 11), ("b", 11), ("b", 11), ("a", 11), ("a", 6), ("b", 6)]
+    compared, warm = [("a", 4), ("b", 4)], [("a", 2), ("b", 2)]
     expected = [
-        name for name, count in [("a", 2), ("b", 2), *turns] for _ in range(count)
+        name for name, count in [*compared, *warm, *turns] for _ in range(count)
     ]
     assert recorder.calls == expected
     assert [each["name"] for each in result["contenders"]] == [
         "dense",
-        "quantized",
+        "quantized-exact",
         "a",
         "b",
     ]
+    assert result["settings"]["precisions"] == ["exact"]
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no such call here")
@@ -176,7 +231,12 @@ def test_process_is_set_free_after_a_failure():
 
 def test_given_images_fill_whole_batches():
     shapes = []
-    peer = Contender("peer", "notes shapes", lambda images: shapes.append(images.shape))
+
+    def note(images):
+        shapes.append(images.shape)
+        return np.repeat(ANSWER, len(images), axis=0)
+
+    peer = Contender("peer", "notes shapes", note)
     images = np.zeros((5, 3, 8, 8), np.float32)
     result = benchmark(
         small_network(), repeats=1, batches=4, batch_size=2, images=images, peers=[peer]
@@ -189,6 +249,20 @@ def test_given_images_fill_whole_batches():
 def test_counts_below_one_are_refused(name):
     with pytest.raises(ConfigError, match=f"{name} is 0"):
         benchmark(small_network(), **{name: 0})
+
+
+def test_no_precision_is_refused():
+    with pytest.raises(ConfigError, match="precisions is empty"):
+        benchmark(small_network(), precisions=[])
+
+
+@pytest.mark.parametrize(
+    ("key", "names"),
+    [("precisions", ["fast", "fast"]), ("peers", ["openvino-fp32"] * 2)],
+)
+def test_names_given_twice_are_refused(key, names):
+    with pytest.raises(ConfigError, match=f"{key} is .*, expected each name once"):
+        benchmark(small_network(), **{key: names})
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 8, 9), (0, 3, 8, 8), (3, 8, 8)])

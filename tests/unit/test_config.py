@@ -1,18 +1,25 @@
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 from qcnn_py.config import (
-    ALEXNET_LAYERS,
+    ARCHITECTURES,
+    PRESETS,
     LayerSettings,
     OptimizerConfig,
+    PeerName,
+    PresetName,
     QuantizeConfig,
+    SpeedConfig,
     TrainedNetworkConfig,
     json_schema,
     load_config,
 )
+from qcnn_py.contenders import PEERS
 from qcnn_py.errors import ConfigError
+from qcnn_py.published_networks import PUBLISHED_NETWORKS
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,6 +63,26 @@ def config_of(**sections):
             id="too many centroids",
         ),
         pytest.param(
+            config_of(finetune={"learning_rate": float("inf")}),
+            "runs.a.finetune.learning_rate: Input should be a finite number, got inf",
+            id="infinity",
+        ),
+        pytest.param(
+            config_of(dataset={"source": "digits", "std": [float("inf")]}),
+            "runs.a.dataset.std.0: Input should be a finite number, got inf",
+            id="infinity in a data set",
+        ),
+        pytest.param(
+            config_of(dataset={"source": "digits", "mean": float("nan")}),
+            "runs.a.dataset.mean: Input should be a finite number, got nan",
+            id="NaN",
+        ),
+        pytest.param(
+            config_of(seed=2**31),
+            "runs.a.seed: Input should be less than or equal to 2147483647, got ",
+            id="seed of more than 31 bits",
+        ),
+        pytest.param(
             config_of(quantize={"layers": {"conv9": {}}}),
             "runs.a.quantize.layers.conv9: the network has no such layer; "
             "did you mean 'conv2' or 'conv1'?; its layers are conv1, conv2, fc1, fc2",
@@ -87,6 +114,26 @@ def config_of(**sections):
             config_of(dataset={"source": "folder"}),
             "runs.a.dataset: Input tag 'folder' found using 'source' does not match",
             id="unknown data source",
+        ),
+        pytest.param(
+            {"runs": {"a": {"kind": "speed", "architecture": "vgg"}}},
+            "runs.a.architecture: Input should be 'alexnet', 'caffenet', 'vgg-cnn-s'",
+            id="unknown architecture",
+        ),
+        pytest.param(
+            config_of(benchmark={"peers": ["onnxruntime"]}),
+            "runs.a.benchmark.peers.0: Input should be 'onnxruntime-fp32', ",
+            id="unknown peer",
+        ),
+        pytest.param(
+            config_of(benchmark={"peers": ["openvino-int8"] * 2}),
+            "runs.a.benchmark.peers: got openvino-int8, openvino-int8, expected each ",
+            id="peer named twice",
+        ),
+        pytest.param(
+            config_of(benchmark={"precisions": []}),
+            "runs.a.benchmark.precisions: Tuple should have at least 1 item",
+            id="no precision",
         ),
         pytest.param(
             config_of(replicates=6),
@@ -142,6 +189,26 @@ def test_shipped_config_loads():
     }
 
 
+def test_full_race_loads():
+    config = load_config(ROOT / "workflow" / "configs" / "peers.yaml")
+    for run in config.runs.values():
+        assert set(run.benchmark.peers) == set(get_args(PeerName)) == set(PEERS)
+        # Names of the shipped runs would be merged with these.
+        assert run.kind == "speed"
+    shipped = load_config(ROOT / "config.yaml")
+    assert config.runs.keys().isdisjoint(shipped.runs)
+
+
+def test_architectures_are_the_published_networks():
+    assert set(ARCHITECTURES.values()) == set(PUBLISHED_NETWORKS)
+    field = SpeedConfig.model_fields["architecture"]
+    assert get_args(field.annotation) == tuple(ARCHITECTURES)
+
+
+def test_every_preset_can_be_named():
+    assert set(PRESETS) == set(get_args(PresetName))
+
+
 def test_shipped_schema_is_current():
     path = ROOT / "workflow" / "schemas" / "config.schema.json"
     assert path.read_text("utf-8") == json_schema(), (
@@ -158,6 +225,15 @@ def test_schema_explains_every_key():
         if not field.get("description")
     ]
     assert unexplained == []
+
+
+def sizes_of(config):
+    """Return C' and K of each layer of a speed run."""
+    return {
+        name: (settings.subvector_dim, settings.n_centroids)
+        for name, kind in config.layer_names
+        for settings in [config.quantize.resolve(name, kind, is_last=name == "fc8")]
+    }
 
 
 class TestResolve:
@@ -203,17 +279,35 @@ class TestResolve:
         assert settings.positions_per_image is None
         assert settings.n_centroids == 64
 
-    def test_paper_preset(self):
-        config = QuantizeConfig.from_mapping({"preset": "paper-alexnet"})
-        sizes = {}
-        for name, kind in ALEXNET_LAYERS:
-            settings = config.resolve(name, kind, is_last=name == "fc8")
-            sizes[name] = (settings.subvector_dim, settings.n_centroids)
+    @pytest.mark.parametrize(
+        ("architecture", "conv"),
+        [
+            *((name, (8, 128)) for name in ARCHITECTURES if name != "vgg-16"),
+            ("vgg-16", (6, 128)),
+        ],
+    )
+    def test_published_networks_default_to_their_paper_preset(self, architecture, conv):
+        sizes = sizes_of(SpeedConfig(architecture=architecture))
+        convs = [name for name in sizes if name.startswith("conv")]
+        assert len(convs) == (13 if architecture == "vgg-16" else 5)
         assert sizes == {
-            **dict.fromkeys(["conv1", "conv2", "conv3", "conv4", "conv5"], (8, 128)),
+            **dict.fromkeys(convs, conv),
             **dict.fromkeys(["fc6", "fc7"], (4, 32)),
             "fc8": (1, 16),
         }
+
+    def test_a_preset_is_overridden_by_kind(self):
+        config = SpeedConfig.from_mapping(
+            {
+                "architecture": "vgg-16",
+                "quantize": {
+                    "preset": "paper-vgg-16",
+                    "conv": {"subvector_dim": 4, "n_centroids": 32},
+                },
+            }
+        )
+        sizes = sizes_of(config)
+        assert (sizes["conv5_3"], sizes["fc8"]) == ((4, 32), (1, 16))
 
     def test_given_values_beat_the_preset(self):
         config = QuantizeConfig.from_mapping(

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from pydantic import TypeAdapter
+from reference_folder import write_bin
 
 from qcnn_py.dataset_config import DatasetConfig
 from qcnn_py.datasets import SPLITS, Dataset, prepare_dataset
@@ -338,6 +339,97 @@ def test_float_npz(tmp_path: Path) -> None:
     assert dataset.class_names == ("no", "yes")
 
 
+def reference_files(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Write a tiny speed test of 12 images; `changes` replaces arrays and types."""
+    arrays = {
+        "dataMatTst.single": (
+            np.random.default_rng(0).normal(size=(12, 3, 4, 5)),
+            "<f4",
+        ),
+        "lablVecTst.uint16": (np.array([7, 2, 900, 2, 2, 0] * 2), "<u2"),
+    }
+    for name, (array, dtype) in arrays.items():
+        array = changes.get(name.partition(".")[0], array)
+        write_bin(folder / f"{name}.bin", array, dtype)
+    return {"source": "reference", "path": folder}
+
+
+def test_the_speed_test_of_the_original(tmp_path: Path) -> None:
+    config = reference_files(tmp_path)
+    images = np.random.default_rng(0).normal(size=(12, 3, 4, 5)).astype(np.float32)
+    labels = np.array([7, 2, 900, 2, 2, 0] * 2)
+    tested = []
+    for replicate in range(3):
+        dataset = prepare(replicate, **config, folds=3, validation=0)
+        assert dataset.input_shape == (3, 4, 5)
+        assert dataset.class_names == tuple(map(str, range(1000)))
+        assert dataset.size("test") == 4
+        for split in ("train", "test"):
+            for image, label in zip(
+                dataset.images(split), dataset.labels(split), strict=True
+            ):
+                # As they are: prepared before.
+                item = (images == image).all((1, 2, 3)).argmax()
+                np.testing.assert_array_equal(images[item], image)
+                assert labels[item] == label
+                tested += [int(item)] * (split == "test")
+    assert sorted(tested) == list(range(12))
+
+
+def test_class_names_of_the_speed_test(tmp_path: Path) -> None:
+    config = reference_files(tmp_path, lablVecTst=np.arange(12).reshape(12, 1) % 3)
+    names = tmp_path / "names.txt"
+    names.write_text("tench, Tinca tinca\ngoldfish\nray\n", "utf-8")
+    dataset = prepare(**config, n_classes=3, class_names=names)
+    assert dataset.class_names == ("tench, Tinca tinca", "goldfish", "ray")
+    parsed = TypeAdapter(DatasetConfig).validate_python(
+        {**config, "class_names": names}
+    )
+    assert [path.name for path in parsed.input_paths] == [
+        "dataMatTst.single.bin",
+        "lablVecTst.uint16.bin",
+        "names.txt",
+    ]
+
+
+@pytest.mark.parametrize("crop", [None, [3, 2]])
+def test_a_mean_image(crop: Any, tmp_path: Path) -> None:
+    path = write_folder(tmp_path / "images", image_files())
+    mean = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
+    np.save(tmp_path / "mean.npy", mean)
+    config = {
+        "source": "images",
+        "path": path,
+        "resize": {"size": [4, 5], "method": "corner_aligned"},
+        "crop": crop,
+        "scale": 1.0,
+    }
+    plain = prepare(**config)
+    config["mean"] = str(tmp_path / "mean.npy")
+    dataset = prepare(**config)
+    kept = mean if crop is None else mean[:, 0:3, 1:3]
+    np.testing.assert_array_equal(dataset.images("test"), plain.images("test") - kept)
+    # What classifies later, from the file that was saved.
+    dataset.save(tmp_path / "dataset.safetensors")
+    loaded = Dataset.load(tmp_path / "dataset.safetensors")
+    assert loaded.preprocessing == dataset.preprocessing
+    np.testing.assert_array_equal(
+        loaded.preprocessing.apply(path / "test" / "cat" / "0.png"),
+        dataset.images("test")[0],
+    )
+    parsed = TypeAdapter(DatasetConfig).validate_python(config)
+    assert parsed.input_paths == (path, tmp_path / "mean.npy")
+
+
+def test_a_mean_image_of_arrays(numbered: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "mean.npy", np.full((1, 2, 2), 0.25))
+    config = {"source": "npz", "path": numbered, "test_split": "folds"}
+    dataset = prepare(**config, mean=tmp_path / "mean.npy")
+    np.testing.assert_array_equal(
+        dataset.images("test"), prepare(**config).images("test") - np.float32(0.25)
+    )
+
+
 # --- refusals -------------------------------------------------------------------------
 
 
@@ -518,17 +610,84 @@ def test_odd_npz_files_are_refused(
         prepare(source="npz", path=tmp_path / "data.npz")
 
 
+def write_unknown_compression(file: Any) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, **_NPZ)
+    data = bytearray(buffer.getvalue())
+    # The method, in the first entry of the central directory.
+    data[data.index(b"PK\x01\x02") + 10] = 255
+    file.write(data)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"dataMatTst": np.zeros((12, 60))}, {}, "number of dimensions: got 2"),
+        (
+            {"dataMatTst": np.full((12, 3, 4, 5), np.nan)},
+            {},
+            r"dataMatTst.single.bin, image \d+: got NaN or infinite",
+        ),
+        ({"lablVecTst": np.arange(11)}, {}, r"shape \(11,\), expected one .* 12"),
+        ({"lablVecTst": np.zeros((3, 4))}, {}, r"shape \(3, 4\), expected one"),
+        ({}, {"n_classes": 900}, "got label 900, expected less than .*n_classes, 900"),
+        ({}, {"class_names": "names.txt"}, r"names\.txt: got 2 lines, expected 1000"),
+        ({}, {"class_names": "none.txt"}, r"none\.txt: not found"),
+        ({}, {"folds": 13}, "got 12 images, expected at least 13"),
+    ],
+    ids=["rank", "nan", "count", "table", "label", "names", "no names", "folds"],
+)
+def test_odd_speed_tests_are_refused(
+    changes: Mapping[str, Any],
+    options: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    config = reference_files(tmp_path, **changes)
+    with pytest.raises(DatasetError, match=message):
+        prepare(**config, **options)
+
+
+@pytest.mark.parametrize("name", ["dataMatTst.single.bin", "lablVecTst.uint16.bin"])
+def test_damaged_speed_tests_are_refused(name: str, tmp_path: Path) -> None:
+    config = reference_files(tmp_path)
+    path = tmp_path / name
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    with pytest.raises(DatasetError, match=rf"{name}: data after the header: got \d+"):
+        prepare(**config)
+    path.write_bytes(b"")
+    with pytest.raises(DatasetError, match=rf"{name}: number of dimensions: got cut"):
+        prepare(**config)
+    path.unlink()
+    with pytest.raises(DatasetError, match=rf"{name}: not found"):
+        prepare(**config)
+
+
+def test_a_mean_image_of_another_size_is_refused(tmp_path: Path) -> None:
+    path = write_folder(tmp_path / "images", image_files())
+    np.save(tmp_path / "mean.npy", np.zeros((3, 5, 5)))
+    with pytest.raises(
+        ModelFormatError, match=r"got \(3, 5, 5\), expected \(3, 4, 5\)"
+    ):
+        prepare(source="images", path=path, mean=tmp_path / "mean.npy")
+
+
 @pytest.mark.parametrize(
     ("write", "message"),
     [
         (lambda file: np.save(file, np.zeros(3)), "expected a .npz file"),
         (lambda file: file.write(b"text"), "data.npz: expected"),
+        (write_unknown_compression, "expected a .npz file, got That compression"),
         (
             lambda file: np.savez(file, x=np.zeros(3)),
             "'x', expected one called 'images",
         ),
     ],
-    ids=["npy", "text", "other names"],
+    ids=["npy", "text", "unknown compression", "other names"],
 )
 def test_files_that_are_no_data_set_are_refused(
     write: Callable[[Any], object], message: str, tmp_path: Path

@@ -1,15 +1,17 @@
 """Preprocessing of single images."""
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from reference_folder import write_bin
 
-from qcnn_py.errors import DatasetError, ModelFormatError
-from qcnn_py.preprocessing import Preprocessing, decode_image
+from qcnn_py.errors import ConfigError, DatasetError, ModelFormatError, ShapeError
+from qcnn_py.preprocessing import MeanImage, Preprocessing, decode_image
 
 
 def random_image(height: int, width: int, mode: str = "RGB") -> Image.Image:
@@ -80,10 +82,162 @@ def test_crop_larger_than_the_image_is_refused() -> None:
         Preprocessing("rgb", crop=(6, 4)).apply(random_image(4, 5))
 
 
+def corner_aligned(pixels: np.ndarray, target: Any) -> np.ndarray:
+    """Resize one value after the other, with the original's roundings."""
+    f = np.float32
+    height, width = pixels.shape[:2]
+    both = (target, target) if isinstance(target, int) else target
+    steps = [f(n - 1) / f(m - 1) for n, m in zip((height, width), both, strict=True)]
+    if isinstance(target, int):
+        steps = [min(steps)] * 2
+        both = [int(float(f(n - 1) / steps[0]) + 1e-7) + 1 for n in (height, width)]
+    resized = np.empty((*both, *pixels.shape[2:]), np.float32)
+    for index in np.ndindex(resized.shape):
+        y, x = steps[0] * f(index[0]), steps[1] * f(index[1])
+        top, left = int(y), int(x)
+        bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
+        total = weights = f(0)
+        for row, near_row in ((top, 1 - (y - f(top))), (bottom, 1 - (f(bottom) - y))):
+            for col, near_col in (
+                (left, 1 - (x - f(left))),
+                (right, 1 - (f(right) - x)),
+            ):
+                weight = near_row * near_col
+                total += f(pixels[(row, col, *index[2:])]) * weight
+                weights += weight
+        resized[index] = total / weights
+    return resized
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize(
+    ("size", "target"),
+    [
+        ((9, 7), (4, 5)),
+        ((4, 5), (9, 8)),
+        ((6, 6), (6, 6)),
+        ((1, 9), (3, 4)),
+        ((13, 11), (2, 2)),
+        ((12, 9), 5),
+        ((8, 21), 6),
+        ((3, 4), 7),
+        ((2, 2), 3),
+    ],
+    ids=str,
+)
+def test_corner_aligned_resize(size: tuple[int, int], target: Any, mode: Any) -> None:
+    image = random_image(*size, mode)
+    order = "rgb" if mode == "RGB" else "gray"
+    pixels = Preprocessing(order, resize=target, resize_method="corner_aligned").pixels(
+        image
+    )
+    assert pixels.dtype == np.float32
+    expected = corner_aligned(np.asarray(image), target)
+    expected = expected[None] if mode == "L" else expected.transpose(2, 0, 1)
+    np.testing.assert_array_equal(pixels, expected)
+    # Corners stay what they are.
+    for row, column in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
+        if isinstance(target, tuple):
+            corner = np.asarray(image)[row, column]
+            np.testing.assert_allclose(pixels[:, row, column], corner, rtol=1e-5)
+
+
+def test_a_corner_aligned_resize_to_one_pixel() -> None:
+    pixels = Preprocessing("gray", resize=(1, 1), resize_method="corner_aligned")
+    image = random_image(5, 4, "L")
+    assert pixels.pixels(image) == np.asarray(image)[0, 0]
+
+
+def test_corners_that_are_one_are_refused() -> None:
+    preprocessing = Preprocessing("rgb", resize=8, resize_method="corner_aligned")
+    with pytest.raises(DatasetError, match=r"got 1 x 9 pixels.*at least 2 x 2"):
+        preprocessing.apply(random_image(1, 9))
+
+
+def mean_file(path: Path, array: np.ndarray) -> Path:
+    if path.suffix == ".npy":
+        np.save(path, array)
+    else:
+        write_bin(path, array)
+    return path
+
+
+@pytest.mark.parametrize("name", ["mean.npy", "mean.bin"])
+def test_a_mean_image_is_cropped_like_the_images(name: str, tmp_path: Path) -> None:
+    array = np.random.default_rng(0).normal(100, 20, (3, 9, 8)).astype(np.float32)
+    path = mean_file(tmp_path / name, array)
+    mean = MeanImage.read(path, (3, 4, 5), (9, 8))
+    np.testing.assert_array_equal(mean.array, array[:, 2:6, 1:6])
+    small = mean_file(tmp_path / f"small_{name}", mean.array)
+    assert MeanImage.read(small, (3, 4, 5), (9, 8)) == mean
+
+    image = random_image(11, 12)
+    method: Any = "corner_aligned"
+    prepared = Preprocessing(
+        "bgr",
+        resize=(9, 8),
+        resize_method=method,
+        crop=(4, 5),
+        scale=1.0,
+        mean=mean,
+        std=(2.0,),
+    )
+    plain = Preprocessing("bgr", resize=(9, 8), resize_method=method, scale=1.0)
+    expected = (plain.apply(image) - array)[:, 2:6, 1:6] / np.float32(2)
+    np.testing.assert_array_equal(prepared.apply(image), expected)
+
+
+def test_float64_means_become_float32(tmp_path: Path) -> None:
+    path = mean_file(tmp_path / "mean.npy", np.full((1, 2, 2), 0.1))
+    mean = MeanImage.read(path, (1, 2, 2), None)
+    np.testing.assert_array_equal(mean.array, np.full((1, 2, 2), np.float32(0.1)))
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        ("mean.npy", np.zeros((3, 9, 9)), r"got \(3, 9, 9\), expected \(3, 4, 5\) or"),
+        ("mean.bin", np.zeros((3, 9, 9)), r"got \(3, 9, 9\), expected \(3, 4, 5\) or"),
+        ("mean.npy", np.zeros(3), r"got \(3,\)"),
+        ("mean.npy", np.zeros((3, 4, 5), int), "type: got int64"),
+        ("mean.npy", np.array([None]), "expected a .npy file of numbers"),
+        ("mean.npy", np.full((3, 4, 5), np.nan), "got NaN or infinite"),
+        ("mean.npy", np.full((3, 4, 5), 1e99), "got NaN or infinite"),
+        ("mean.bin", np.full((3, 4, 5), np.inf), "got NaN or infinite"),
+    ],
+    ids=["npy", "bin", "list", "integers", "objects", "nan", "large", "infinite"],
+)
+def test_odd_mean_images_are_refused(
+    name: str, array: np.ndarray, message: str, tmp_path: Path
+) -> None:
+    path = mean_file(tmp_path / name, array)
+    with pytest.raises(ModelFormatError, match=message) as caught:
+        MeanImage.read(path, (3, 4, 5), (9, 8))
+    assert str(path) in str(caught.value)
+
+
+def test_mean_images_of_other_kinds_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"mean is .*mean\.png, expected a \.npy"):
+        MeanImage.read(tmp_path / "mean.png", (3, 4, 5), None)
+    with pytest.raises(FileNotFoundError, match=r"mean\.npy"):
+        MeanImage.read(tmp_path / "mean.npy", (3, 4, 5), None)
+
+
+def test_images_of_another_size_than_their_mean_are_refused() -> None:
+    mean = MeanImage.from_array(np.zeros((3, 4, 5)))
+    with pytest.raises(ShapeError, match=r"shape \(3, 5, 4\), expected .*\(3, 4, 5\)"):
+        Preprocessing("rgb", mean=mean).apply(random_image(5, 4))
+
+
 def test_16_bit_images_are_refused() -> None:
     image = Image.fromarray(np.zeros((3, 3), np.uint16))
     with pytest.raises(DatasetError, match="'I;16', expected 8 bits"):
         Preprocessing("gray").apply(image)
+
+
+def test_modes_that_pillow_cannot_convert_are_refused() -> None:
+    with pytest.raises(DatasetError, match="'LAB', expected one that converts to L"):
+        Preprocessing("gray").apply(Image.new("LAB", (4, 4)))
 
 
 def test_data_that_are_no_pictures_are_refused() -> None:
@@ -134,10 +288,17 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
             std=(0.5, 0.25, 2.0),
         ),
         Preprocessing("gray", resize=256),
+        Preprocessing(
+            "rgb",
+            resize=9,
+            resize_method="corner_aligned",
+            mean=MeanImage.from_array(np.arange(12.0).reshape(3, 2, 2) / 7),
+        ),
     ],
 )
 def test_json_round_trip(preprocessing: Preprocessing) -> None:
-    assert Preprocessing.from_json(preprocessing.to_json()) == preprocessing
+    text = json.dumps(preprocessing.to_json())
+    assert Preprocessing.from_json(json.loads(text)) == preprocessing
 
 
 @pytest.mark.parametrize(
@@ -152,6 +313,13 @@ def test_json_round_trip(preprocessing: Preprocessing) -> None:
         {"scale": "large"},
         {"mean": []},
         {"mean": 0.5},
+        {"mean": {"shape": [1, 1, 1]}},
+        {"mean": {"shape": [1, 1], "float32": "AAAAAA=="}},
+        {"mean": {"shape": [1, 1, -1], "float32": "AAAAAA=="}},
+        {"mean": {"shape": [1, 1, 2], "float32": "AAAAAA=="}},
+        {"mean": {"shape": [1, 1, 1], "float32": "AAAAAA"}},
+        {"mean": {"shape": [1, 1, 1], "float32": "AADAfw=="}},
+        {"mean": {"shape": [1, 1, 1], "float32": 3}},
         {"std": [0.0]},
         {"tint": "sepia"},
     ],

@@ -8,87 +8,53 @@ import struct
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from random_networks import NetworkBuilder, Quantized
+from reference_folder import (
+    CODES_SHAPES,
+    PREFIX,
+    K,
+    tiny_network,
+    write_bin,
+    write_cbn,
+    write_dense,
+    write_quantized,
+)
 
 import qcnn_py
-from qcnn_py import ConfigError, ModelFormatError, Node
-from qcnn_py.published_networks import PUBLISHED_NETWORKS, PublishedNetwork
-
-PREFIX = "tiny"
-BITS = 3
-K = 5
-CODES_SHAPES = {1: (6, 3, 3, 2), 4: (7, 18)}
-
-
-def write_bin(path: Path, array: np.ndarray) -> None:
-    header = struct.pack(f"<{array.ndim + 1}i", array.ndim, *array.shape)
-    path.write_bytes(header + array.astype("<f4").tobytes())
-
-
-def write_cbn(path: Path, codes: np.ndarray, bits: int) -> None:
-    """Write codes as the original does, one bit after the other."""
-    header = struct.pack(f"<{codes.ndim + 2}i", codes.ndim, *codes.shape, bits)
-    per_block = 8 * 4096 // bits
-    flat = codes.ravel()
-    blocks = b""
-    for start in range(0, flat.size, per_block):
-        digits = "".join(f"{c:0{bits}b}" for c in flat[start : start + per_block])
-        digits = digits.ljust(8 * 4096, "0")
-        blocks += int(digits, 2).to_bytes(4096, "big")
-    path.write_bytes(header + blocks)
+from qcnn_py import ConfigError, ModelFormatError, Network
+from qcnn_py.preprocessing import Preprocessing
+from qcnn_py.published_networks import PUBLISHED_NETWORKS
+from qcnn_py.reference_files import reference_preprocessing
+from qcnn_py.reference_format import (
+    map_bin,
+    read_byte_codes,
+    read_packed_codes,
+    write_packed_codes,
+)
 
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Publish a network of one convolution and one fully connected layer."""
-    dense = {"weights": {"type": "dense"}, "bias": True}
-    conv = {
-        "out_channels": 6,
-        "kernel": [3, 3],
-        "stride": [1, 1],
-        "padding": [0, 0, 0, 0],
-        "dilation": [1, 1],
-        "groups": 2,
-        **dense,
-    }
-    pool = {
-        "kernel": [2, 2],
-        "stride": [2, 2],
-        "padding": [0, 0, 0, 0],
-        "ceil_mode": True,
-    }
-    nodes = (
-        Node("conv1", "conv", ("input",), conv),
-        Node("relu1", "relu", ("conv1",), {}),
-        Node("pool1", "max_pool", ("relu1",), pool),
-        Node("flatten", "flatten", ("pool1",), {}),
-        Node("fc2", "fc", ("flatten",), {"out_features": 7, **dense}),
-    )
-    shapes = {"conv1": (6, 3, 3, 3), "fc2": (7, 54)}
-    monkeypatch.setitem(
-        PUBLISHED_NETWORKS, "Tiny", PublishedNetwork((6, 7, 7), nodes, shapes)
-    )
+    monkeypatch.setitem(PUBLISHED_NETWORKS, "Tiny", tiny_network())
 
 
 @pytest.fixture
 def folder(tiny: None, tmp_path: Path) -> Path:
     """Return a folder with the tiny network's quantised parameters."""
-    rng = np.random.default_rng(0)
-    for number, shape in CODES_SHAPES.items():
-        write_bin(tmp_path / f"tiny.biasVec.{number:02}.bin", rng.normal(size=shape[0]))
-        # Two channels or three by sub-vectors: the convolution's last has one pad.
-        dsub = 2 if number == 1 else 3
-        codebooks = rng.normal(size=(shape[-1], K, dsub))
-        write_bin(tmp_path / f"tiny.ctrdLst.{number:02}.bin", codebooks)
-        codes = rng.integers(K, size=shape)
-        write_cbn(tmp_path / f"tiny.asmtLst.{number:02}.cbn", codes, BITS)
+    write_quantized(tmp_path)
     return tmp_path
 
 
-def read(folder: Path) -> qcnn_py.Network:
-    return qcnn_py.read_reference(folder, PREFIX, "Tiny")
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def read(folder: Path, **options: Any) -> Network:
+    return qcnn_py.read_reference(folder, PREFIX, "Tiny", **options)
 
 
 def test_quantized_parameters(folder: Path) -> None:
@@ -107,30 +73,184 @@ def test_quantized_parameters(folder: Path) -> None:
     assert network.metadata["origin"]["architecture"] == "Tiny"
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("bits", range(1, 17))
 @pytest.mark.parametrize("n_subspaces", [1, 7, 700])
 def test_codes_of_every_width(tmp_path: Path, bits: int, n_subspaces: int) -> None:
     """Several blocks, and codes that cross byte boundaries."""
-    from qcnn_py.reference_files import _read_codes
-
+    path = tmp_path / "codes.cbn"
     codes = np.random.default_rng(bits).integers(2**bits, size=(99, n_subspaces))
-    write_cbn(tmp_path / "codes.cbn", codes, bits)
-    read = _read_codes(tmp_path / "codes.cbn", codes.shape, 2**bits)
-    assert read.dtype == np.uint8
+    codes[0, 0] = 2**bits - 1
+    write_cbn(path, codes, bits)
+    read = read_packed_codes(path, codes.shape, 2**bits)
+    assert read.dtype == (np.uint8 if bits <= 8 else np.uint16)
     np.testing.assert_array_equal(read, codes)
+    with (tmp_path / "again.cbn").open("wb") as file:
+        write_packed_codes(file, read)
+    assert (tmp_path / "again.cbn").read_bytes() == path.read_bytes()
 
 
-def test_dense_parameters(folder: Path) -> None:
-    rng = np.random.default_rng(1)
-    for number, kind, shape in ((1, "convKnl", (6, 3, 3, 3)), (5, "fcntWei", (7, 54))):
-        number = 4 if number == 5 else number
-        (folder / f"tiny.ctrdLst.{number:02}.bin").unlink()
-        write_bin(folder / f"tiny.{kind}.{number:02}.bin", rng.normal(size=shape))
-    network = read(folder)
+def test_many_blocks_of_codes(tmp_path: Path) -> None:
+    """More than are unpacked at a time."""
+    codes = np.random.default_rng(0).integers(32, size=(1000, 700))
+    write_cbn(tmp_path / "codes.cbn", codes, 5)
+    read = read_packed_codes(tmp_path / "codes.cbn", codes.shape, 32)
+    np.testing.assert_array_equal(read, codes)
+    with (tmp_path / "again.cbn").open("wb") as file:
+        write_packed_codes(file, read)
+    assert len(set(files_of(tmp_path).values())) == 1
+
+
+def test_dense_parameters(tiny: None, tmp_path: Path) -> None:
+    write_dense(tmp_path)
+    network = read(tmp_path)
     rng = np.random.default_rng(1)
     for name, shape in (("conv1", (6, 3, 3, 3)), ("fc2", (7, 54))):
-        expected = rng.normal(size=shape).astype(np.float32)
-        np.testing.assert_array_equal(network.tensors[f"{name}.weight"], expected)
+        for kind, size in (("bias", shape[0]), ("weight", shape)):
+            expected = rng.normal(size=size).astype(np.float32)
+            np.testing.assert_array_equal(network.tensors[f"{name}.{kind}"], expected)
+
+
+def test_a_folder_may_hold_both_forms(folder: Path) -> None:
+    write_dense(folder)
+    assert all(layer.quantized for layer in read(folder).layers)
+    assert all(layer.quantized for layer in read(folder, quantized=True).layers)
+    assert not any(layer.quantized for layer in read(folder, quantized=False).layers)
+
+
+def test_the_form_asked_for_has_to_be_there(folder: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"convKnl\.01"):
+        read(folder, quantized=False)
+    (folder / "tiny.ctrdLst.04.bin").unlink()
+    write_dense(folder)
+    with pytest.raises(FileNotFoundError, match=r"ctrdLst\.04"):
+        read(folder, quantized=True)
+    assert [layer.quantized for layer in read(folder).layers] == [True, False]
+
+
+def test_codes_in_bytes_count_from_1(folder: Path) -> None:
+    expected = read(folder)
+    for number, shape in CODES_SHAPES.items():
+        path = folder / f"tiny.asmtLst.{number:02}.cbn"
+        codes = read_packed_codes(path, shape, K)
+        write_bin(path.with_suffix(".bin"), codes + 1, "u1")
+        path.unlink()
+    network = read(folder)
+    for name, tensor in expected.tensors.items():
+        np.testing.assert_array_equal(network.tensors[name], tensor)
+
+
+def test_the_256th_code_is_0_in_a_byte(tmp_path: Path) -> None:
+    path = tmp_path / "codes.bin"
+    codes = np.arange(256).reshape(32, 8)
+    write_bin(path, codes + 1, "u1")
+    np.testing.assert_array_equal(read_byte_codes(path, (32, 8), 256), codes)
+    with pytest.raises(ModelFormatError, match="a code: got 0, expected 1 to 255"):
+        read_byte_codes(path, (32, 8), 255)
+    with pytest.raises(ModelFormatError, match="got 100, expected 1 to 99"):
+        read_byte_codes(path, (32, 8), 99)
+    with pytest.raises(ModelFormatError, match=r"expected a \.cbn file for 257"):
+        read_byte_codes(path, (32, 8), 257)
+
+
+# --- writing --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", [write_quantized, write_dense])
+def test_what_is_written_is_what_was_read(
+    tiny: None, write: Callable[[Path], None], tmp_path: Path
+) -> None:
+    source, copy = tmp_path / "source", tmp_path / "deep" / "copy"
+    source.mkdir()
+    write(source)
+    network = read(source)
+    qcnn_py.write_reference(network, copy, PREFIX)
+    again = read(copy)
+    assert again.nodes == network.nodes
+    for name, tensor in network.tensors.items():
+        np.testing.assert_array_equal(again.tensors[name], tensor)
+    assert files_of(copy).keys() == files_of(source).keys()
+    qcnn_py.write_reference(again, tmp_path / "again", PREFIX)
+    assert files_of(tmp_path / "again") == files_of(copy)
+
+
+def tiny_by_other_names(groups: int = 2, **conv: Any) -> Network:
+    """Return the tiny network as another program might make it, without dropout."""
+    builder = NetworkBuilder((6, 7, 7), seed=3)
+    builder.conv(6, 3, groups=groups, name="first", **conv)
+    builder.add("relu", name="second")
+    builder.pool("max_pool", 2, stride=2, ceil_mode=True)
+    builder.fc(7, name="last")
+    return builder.build()
+
+
+def test_names_and_dropout_are_free(tiny: None, tmp_path: Path) -> None:
+    network = tiny_by_other_names()
+    qcnn_py.write_reference(network, tmp_path, PREFIX)
+    again = read(tmp_path)
+    images = np.random.default_rng(0).normal(size=(2, 6, 7, 7)).astype(np.float32)
+    np.testing.assert_array_equal(again.compile()(images), network.compile()(images))
+
+
+def test_networks_that_the_original_does_not_know_are_refused(
+    tiny: None, tmp_path: Path
+) -> None:
+    network = tiny_by_other_names(groups=1)
+    message = r"of the closest, Tiny.*'groups': 1.*expected conv .*'groups': 2"
+    with pytest.raises(ConfigError, match=message):
+        qcnn_py.write_reference(network, tmp_path, PREFIX)
+    short = tiny_by_other_names().truncated("second")
+    with pytest.raises(ConfigError, match=r"got nothing, expected max_pool"):
+        qcnn_py.write_reference(short, tmp_path, PREFIX)
+    assert not files_of(tmp_path)
+
+
+def test_codebooks_of_each_group_are_refused(tiny: None, tmp_path: Path) -> None:
+    network = tiny_by_other_names(quantized=Quantized(4, 2, True))
+    with pytest.raises(ConfigError, match="'first' has 2 sets of codebooks"):
+        qcnn_py.write_reference(network, tmp_path, PREFIX)
+    assert not files_of(tmp_path)
+
+
+def test_dense_layers_beside_older_codebooks_are_refused(folder: Path) -> None:
+    before = files_of(folder)
+    with pytest.raises(FileExistsError, match=r"ctrdLst\.01.*'first' is dense"):
+        qcnn_py.write_reference(tiny_by_other_names(), folder, PREFIX)
+    assert files_of(folder) == before
+
+
+# --- preprocessing --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("architecture", "size", "mean_size", "resize"),
+    [
+        ("AlexNet", 227, 256, (256, 256)),
+        ("CaffeNet", 227, 227, (256, 256)),
+        ("CaffeNetFGB", 227, 256, (256, 256)),
+        ("CaffeNetFGD", 227, 256, (256, 256)),
+        ("VggCnnS", 224, 224, 256),
+    ],
+)
+def test_preprocessing(
+    architecture: str, size: int, mean_size: int, resize: Any, tmp_path: Path
+) -> None:
+    mean = np.random.default_rng(0).normal(size=(3, mean_size, mean_size))
+    write_bin(tmp_path / "mean.bin", mean)
+    preprocessing = reference_preprocessing(architecture, tmp_path / "mean.bin")
+    assert preprocessing.resize == resize
+    assert preprocessing.crop == (size, size)
+    offset = (mean_size - size) // 2
+    kept = mean[:, offset : offset + size, offset : offset + size]
+    np.testing.assert_array_equal(preprocessing.mean.array, kept.astype(np.float32))
+    assert Preprocessing.from_json(preprocessing.to_json()) == preprocessing
+
+
+def test_the_original_has_no_preprocessing_for_vgg16() -> None:
+    with pytest.raises(ConfigError, match="'VGG16', which has no preprocessing"):
+        reference_preprocessing("VGG16", "mean.bin")
+
+
+# --- refusals -------------------------------------------------------------------------
 
 
 def test_unknown_architecture() -> None:
@@ -205,7 +325,18 @@ MALFORMED = {
         r"dimensions: got \(6, 3, 3, 3\), expected \(6, 3, 3, 2\)",
     ),
     "no bits": ("asmtLst.01.cbn", edited(20, 0), "bits of a code: got 0, expected 1"),
-    "too many bits": ("asmtLst.01.cbn", edited(20, 9), "bits of a code: got 9"),
+    "too many bits": ("asmtLst.01.cbn", edited(20, 17), "bits of a code: got 17"),
+    "negative bits": ("asmtLst.01.cbn", edited(20, -8), "bits of a code: got -8"),
+    "other bits": (
+        "asmtLst.04.cbn",
+        edited(12, 16),
+        r"the largest code: got \d+, expected less than the 5",
+    ),
+    "hostile product": (
+        "ctrdLst.01.bin",
+        lambda data: struct.pack("<4i", 3, *[2**31 - 1] * 3) + data[16:],
+        f"data after the header: got 80 bytes, expected {4 * (2**31 - 1) ** 3}",
+    ),
     "cut block": (
         "asmtLst.04.cbn",
         lambda data: data[:-1],
@@ -228,6 +359,21 @@ def test_malformed_file(
     with pytest.raises(ModelFormatError, match=message) as caught:
         read(folder)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(1, 2**16 + 1, 2), (1, 2, 2**16 + 1)])
+def test_codebooks_beyond_every_limit(folder: Path, shape: tuple[int, ...]) -> None:
+    write_bin(folder / "tiny.ctrdLst.01.bin", np.zeros(shape))
+    with pytest.raises(ModelFormatError, match=r"ctrdLst.*got 65537, expected at most"):
+        read(folder)
+
+
+@pytest.mark.parametrize("rank", [0, 5, 2**31 - 1, -1])
+def test_dimensions_of_any_array_are_limited(tmp_path: Path, rank: int) -> None:
+    path = tmp_path / "array.bin"
+    path.write_bytes(struct.pack("<i", rank) + bytes(100))
+    with pytest.raises(ModelFormatError, match=f"got {rank}, expected 1 to 4"):
+        map_bin(path, "<f4")
 
 
 # Published: parameters in millions, and the shape that enters the classifier.

@@ -11,7 +11,7 @@ import pytest
 from qcnn_py import ModelFormatError, Network, QuantizedWeights
 from qcnn_py.architectures import conv_fc
 from qcnn_py.artefacts import save_json
-from qcnn_py.benchmarking import benchmark
+from qcnn_py.benchmarking import Contender, benchmark
 from qcnn_py.config import LayerSettings
 from qcnn_py.datasets import Dataset, Split
 from qcnn_py.preprocessing import Preprocessing
@@ -120,7 +120,9 @@ def artefacts(tmp_path_factory) -> dict:
     data.save(folder / "dataset.safetensors")
     network.save(folder / "network.qcnn")
     model.save(folder / "model.qcnn")
-    save_json(folder / "benchmark.json", benchmark(model, repeats=2, batches=2))
+    peer = Contender("peer", "Another engine", model.decoded().compile("exact"))
+    result = benchmark(model, repeats=2, batches=2, peers=[peer])
+    save_json(folder / "benchmark.json", result)
     return {
         **inputs,
         "dataset": folder / "dataset.safetensors",
@@ -249,6 +251,31 @@ def test_sizes_are_those_of_the_files(pipeline, artefacts):
 def test_times_are_collected_by_stage(pipeline):
     seconds = {s["name"]: s["seconds"]["values"] for s in pipeline["stage_seconds"]}
     assert seconds == {"finetune_fc": [1.5, 1.5], "benchmark_model": [61.0]}
+
+
+def test_every_contender_is_shown(built):
+    report, page = built
+    contenders = report["speed"]["contenders"]
+    names = ["dense", "quantized-fast", "quantized-exact", "peer"]
+    assert [each["name"] for each in contenders] == names
+    for each in contenders:
+        assert f">{each['description']}<" in page
+    ratio = contenders[1]["ratios"]["peer"]
+    sign = "\N{MULTIPLICATION SIGN}"
+    assert f"as fast as {_number(ratio['median'])}{sign} Another engine." in page
+    low, high = (_number(ratio[f"{part}_quartile"]) for part in ("lower", "upper"))
+    assert f">{_number(ratio['median'])}{sign} ({low} to {high})<" in page
+
+
+def test_without_peers_no_other_engine_is_spoken_of(pipeline):
+    report = copy.deepcopy(pipeline)
+    *ours, peer = report["speed"]["contenders"]
+    report["speed"]["contenders"] = ours
+    for each in ours:
+        del each["ratios"][peer["name"]]
+    jsonschema.validate(report, json.loads(SCHEMA.read_text(encoding="utf-8")))
+    page = render(report, [b"png"] * len(report["examples"]["images"]))
+    assert "Other engines" not in page
 
 
 def test_examples_come_from_changed_and_other_predictions(pipeline):
@@ -382,6 +409,16 @@ def no_loss_no_errors(report):
     report["accuracy"]["points_lost"]["mean"] = 0.0
 
 
+def only_kmeans(report):
+    for layer in report["layers"]:
+        if layer["response_error"]:
+            layer["response_error"]["method"] = "kmeans"
+
+
+def kmeans_in_one_layer(report):
+    report["layers"][0]["response_error"]["method"] = "kmeans"
+
+
 def long_names(report):
     for layer in report["layers"]:
         layer["name"] = f"/backbone/features/{layer['name']}/Convolution"
@@ -403,6 +440,8 @@ def no_examples(report):
         (slower_and_better, "2.00\N{MULTIPLICATION SIGN} slower"),
         (slower_and_better, "of accuracy gained"),
         (no_loss_no_errors, "accuracy lost"),
+        (only_kmeans, "The layers are quantised by plain k-means"),
+        (kmeans_in_one_layer, "beats plain k-means on 1 of 2 layers"),
         (long_names, ">\N{HORIZONTAL ELLIPSIS}conv1/Convolution<"),
         (no_examples, "points of accuracy"),
     ],

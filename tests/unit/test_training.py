@@ -1,6 +1,7 @@
 """Training: the loop, its options, and networks from files."""
 
 import logging
+from dataclasses import replace
 from math import cos, pi
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from qcnn_py.errors import ConfigError, QcnnError
 from qcnn_py.evaluation import evaluate
 from qcnn_py.fitting import Examples, build_optimizer, build_schedule, fit
 from qcnn_py.network import Network
+from qcnn_py.preprocessing import Preprocessing
 from qcnn_py.training import prepare_network
 
 NO_EXAMPLES = Examples(np.empty((0, 6), np.float32), np.empty(0, np.int64))
@@ -235,6 +237,21 @@ def test_a_network_from_a_file(digits: Dataset, tmp_path: Path) -> None:
     np.testing.assert_allclose(
         read.compile()(images), network.compile()(images), rtol=1e-4, atol=1e-4
     )
+
+
+def test_a_file_knows_how_prepared_images_were_prepared(
+    digits: Dataset, tmp_path: Path
+) -> None:
+    builder = NetworkBuilder((1, 8, 8))
+    builder.fc(10)
+    own = Preprocessing("gray", resize=(8, 8)).to_json()
+    path = tmp_path / "network.qcnn"
+    builder.build(metadata={"preprocessing": own}).save(path)
+    config = NetworkFileConfig(path=str(path))
+    assert prepare_network(config, digits, 0)[0].metadata == digits.metadata()
+    prepared = replace(digits, preprocessing=Preprocessing(None))
+    metadata = prepare_network(config, prepared, 0)[0].metadata
+    assert metadata == {**prepared.metadata(), "preprocessing": own}
 
 
 @pytest.mark.parametrize(

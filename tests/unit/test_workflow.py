@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,12 @@ from safetensors.numpy import save_file
 
 from qcnn_py import workflow
 from qcnn_py.errors import ModelFormatError
-from qcnn_py.workflow import code_fingerprint, modules_of, read_layer_names
+from qcnn_py.workflow import (
+    code_fingerprint,
+    folder_fingerprint,
+    modules_of,
+    read_layer_names,
+)
 
 MODULE = '''
 """A stage."""
@@ -174,3 +180,40 @@ def test_other_files_have_no_layer_names(tmp_path, metadata):
     save_file({"c.bias": np.zeros(1, np.float32)}, path, metadata=metadata)
     with pytest.raises(ModelFormatError, match=r"network\.qcnn: expected a \.qcnn"):
         read_layer_names(path)
+
+
+def _rewrite_with_the_same_size(folder):
+    path = folder / "train" / "cat" / "1.png"
+    path.write_bytes(b"two")
+    # Not every file system tells apart two moments of a test.
+    os.utime(path, ns=(0, 0))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: (folder / "train" / "cat" / "2.png").write_bytes(b"new"),
+        lambda folder: (folder / "train" / "cat" / "1.png").unlink(),
+        lambda folder: (folder / "train" / "cat" / "1.png").rename(folder / "1.png"),
+        lambda folder: (folder / "train" / "dog").mkdir(),
+        _rewrite_with_the_same_size,
+    ],
+    ids=["added", "removed", "moved", "empty folder", "rewritten"],
+)
+def test_folder_fingerprint_follows_files_further_down(tmp_path, change):
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    (tmp_path / "train" / "cat" / "1.png").write_bytes(b"one")
+    before = folder_fingerprint(tmp_path)
+    assert folder_fingerprint(tmp_path) == before
+    change(tmp_path)
+    assert folder_fingerprint(tmp_path) != before
+
+
+def test_folder_fingerprint_leaves_out_what_is_no_image(tmp_path):
+    before = folder_fingerprint(tmp_path)
+    (tmp_path / ".DS_Store").write_bytes(b"x")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / "link.png").symlink_to("nowhere")
+    assert folder_fingerprint(tmp_path / "link.png") is None
+    (tmp_path / "link.png").unlink()
+    assert folder_fingerprint(tmp_path) == before

@@ -4,6 +4,8 @@ import shutil
 
 import pytest
 
+from qcnn_py.network import Network
+
 
 def quantize(**settings):
     return {"quantize": settings}
@@ -63,3 +65,10 @@ class TestNetworkFile:
         done = given.run()
         assert done.returncode == 1
         assert "quantize.layers.conv3: the network has no such layer" in done.stdout
+
+    def test_network_without_fc_layers_is_refused(self, given):
+        path = given.path / "a.qcnn"
+        Network.load(path).truncated("pool2").save(path)
+        done = given.run()
+        assert done.returncode == 1
+        assert "a.qcnn has no fully connected layer, expected one" in done.stdout

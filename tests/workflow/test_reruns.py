@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+from PIL import Image
 
 AFTER_FINETUNING = {
     "requantize_fc_layer": 2,
@@ -121,3 +122,23 @@ def test_changed_code_runs_again(workspace, source, jobs):
     path = workspace.path / source
     path.write_text(f"{path.read_text()}\nCHANGED = True\n")
     assert workspace.plan().jobs == Counter(jobs)
+
+
+def test_images_in_a_folder_are_followed(workspace):
+    for name in ("cat", "dog"):
+        folder = workspace.path / "images" / name
+        folder.mkdir(parents=True)
+        for number in range(4):
+            Image.new("L", (8, 8), 50 * number).save(folder / f"{number}.png")
+    settings = {"source": "images", "path": "images", "test_split": "folds", "folds": 2}
+    workspace.edit_config(
+        lambda config: config["runs"]["tiny"].update(dataset=settings)
+    )
+    dataset = "results/tiny/replicates/0/dataset.safetensors"
+    done = workspace.run(dataset)
+    assert done.returncode == 0, done.stdout
+    assert workspace.plan().jobs["prepare_dataset"] == 0
+    # The time of the folder `images` itself stays.
+    (workspace.path / "images" / "cat" / "0.png").unlink()
+    Image.new("L", (8, 8), 99).save(workspace.path / "images" / "cat" / "4.png")
+    assert workspace.plan().jobs["prepare_dataset"] == 1

@@ -9,14 +9,13 @@ from urllib.parse import quote, unquote
 
 from snakemake.exceptions import WorkflowError
 
-from qcnn_py.config import (
-    ALEXNET_LAYERS,
-    NetworkFileConfig,
-    SpeedConfig,
-    load_config,
-)
+from qcnn_py.config import NetworkFileConfig, SpeedConfig, load_config
 from qcnn_py.errors import QcnnError
-from qcnn_py.workflow import code_fingerprint, read_layer_names
+from qcnn_py.workflow import (
+    code_fingerprint,
+    folder_fingerprint,
+    read_layer_names,
+)
 
 
 def checked_config():
@@ -28,7 +27,7 @@ def checked_config():
 
 
 def check_networks():
-    """Stop if a network file is unreadable or lacks a layer that has settings."""
+    """Stop if a network file is unreadable or lacks a layer that a run needs."""
     for run in CONFIG.runs:
         layer_names(run)
 
@@ -142,10 +141,38 @@ def dataset_files(wildcards):
     return list(map(str, CONFIG.runs[wildcards.run].dataset.input_paths))
 
 
+def dataset_content(wildcards):
+    """Return a parameter that changes when the images in a run's folders do.
+
+    Snakemake compares the time of a folder alone, which a changed, added or removed
+    file further down leaves as it is.
+    """
+    return image_folders(wildcards.run)
+
+
+@cache
+def image_folders(run):
+    """Return the fingerprints of the folders that a run's images come from."""
+    paths = CONFIG.runs[run].dataset.input_paths
+    return list(filter(None, map(folder_fingerprint, paths)))
+
+
 def network_files(wildcards):
     """Return the file that a run's network comes from, if it comes from one."""
     network = CONFIG.runs[wildcards.run].network
     return [network.path] if isinstance(network, NetworkFileConfig) else []
+
+
+def first_dataset(wildcards):
+    """Return the images of a run's first replicate, if the run has images."""
+    if isinstance(CONFIG.runs[wildcards.run], SpeedConfig):
+        return []
+    return [f"{RUN}/replicates/0/dataset.safetensors"]
+
+
+def published_name(wildcards):
+    """Return the name of the published network that a run times."""
+    return CONFIG.runs[wildcards.run].published_name
 
 
 @cache
@@ -153,7 +180,7 @@ def layer_names(run):
     """Return names and kinds of the conv and fc layers of a run's network."""
     settings = CONFIG.runs[run]
     if isinstance(settings, SpeedConfig):
-        return ALEXNET_LAYERS
+        return settings.layer_names
     if not isinstance(settings.network, NetworkFileConfig):
         return settings.network.layer_names
     try:
@@ -161,6 +188,11 @@ def layer_names(run):
         settings.quantize.check_layers(name for name, _ in names)
     except (QcnnError, OSError) as error:
         raise WorkflowError(f"runs.{run}: {error}") from None
+    if "fc" not in (kind for _, kind in names):
+        raise WorkflowError(
+            f"runs.{run}.network.path: {settings.network.path} has no fully connected "
+            "layer, expected one to fine-tune"
+        )
     return names
 
 

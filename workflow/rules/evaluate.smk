@@ -27,6 +27,7 @@ rule evaluate_models:
 rule benchmark_model:
     input:
         model=f"{RUN}/model.qcnn",
+        dataset=first_dataset,
     output:
         benchmark=f"{RUN}/benchmark.json",
     log:

@@ -14,6 +14,7 @@ rule prepare_dataset:
         "../envs/qcnn.yaml"
     params:
         config=dataset_settings,
+        content=dataset_content,
         seed=run_seed,
         code=code_of("prepare_dataset"),
     message:
@@ -57,6 +58,7 @@ rule draw_network:
     conda:
         "../envs/qcnn.yaml"
     params:
+        architecture=published_name,
         layers=all_layer_settings,
         seed=run_seed,
         code=code_of("draw_network"),

@@ -187,10 +187,17 @@ impl fmt::Display for Fc {
     }
 }
 
-const FCS: [Fc; 2] = [
+const FCS: [Fc; 3] = [
     Fc {
         name: "fc6",
         inputs: 9216,
+        outputs: 4096,
+        n_centroids: 32,
+        subvector_dim: 4,
+    },
+    Fc {
+        name: "fc7",
+        inputs: 4096,
         outputs: 4096,
         n_centroids: 32,
         subvector_dim: 4,

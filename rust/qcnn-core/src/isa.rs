@@ -3,7 +3,7 @@
 //! # Choosing one
 //!
 //! [`Isa::detect`] takes the best level the CPU has. The environment variable
-//! `QCNN_ISA` (`portable`, `avx2` or `avx512`) forces another one; a level that
+//! `QCNN_ISA` (the level's name) forces another one; a level that
 //! is unknown or that the CPU lacks is an error, never a silent fallback.
 //!
 //! | level | needs | vector |
@@ -11,6 +11,7 @@
 //! | `portable` | nothing | 4 lanes of plain Rust (SSE2 or NEON registers) |
 //! | `avx2` | AVX2, FMA | 8 lanes |
 //! | `avx512` | AVX-512 F, BW, DQ, VL and `avx2`'s needs | 16 lanes |
+//! | `avx512vnni` | also AVX-512 VNNI | 16 lanes |
 //!
 //! # How kernels are compiled
 //!
@@ -55,10 +56,12 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW, DQ and VL, with AVX2 and FMA.
     Avx512,
+    /// The same and AVX-512 VNNI.
+    Avx512Vnni,
 }
 
 impl Isa {
-    const ALL: [Self; 3] = [Self::Portable, Self::Avx2, Self::Avx512];
+    const ALL: [Self; 4] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Vnni];
 
     /// The level's name in options, in `QCNN_ISA` and in reports.
     pub fn name(self) -> &'static str {
@@ -66,6 +69,7 @@ impl Isa {
             Self::Portable => "portable",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
+            Self::Avx512Vnni => "avx512vnni",
         }
     }
 
@@ -113,8 +117,10 @@ impl Isa {
             Self::Avx2 => Avx2::new().map(Level::Avx2),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => Avx512::new().map(Level::Avx512),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni => Avx512::new().map(Level::Avx512Vnni),
             #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx2 | Self::Avx512 => None,
+            Self::Avx2 | Self::Avx512 | Self::Avx512Vnni => None,
         }
     }
 }
@@ -157,7 +163,10 @@ pub(crate) enum Level {
     Avx2(Avx2),
     /// See [`Avx512`].
     #[cfg(target_arch = "x86_64")]
-    Avx512(Avx512),
+    Avx512(Avx512<false>),
+    /// See [`Avx512`].
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vnni(Avx512<true>),
 }
 
 impl Level {
@@ -169,6 +178,8 @@ impl Level {
             Self::Avx2(simd) => simd.call(task),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512(simd) => simd.call(task),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni(simd) => simd.call(task),
         }
     }
 }
@@ -195,10 +206,15 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
     /// Vectors the architecture's registers hold, which bounds the
     /// accumulators of a kernel.
     const REGISTERS: usize;
+    /// Clock cycles that [`look_up_i16`](Self::look_up_i16) takes with 4, 5 and
+    /// 6 bits, with the shift and the addition that go with it.
+    const LOOK_UP_CYCLES: [f64; 3];
     /// A vector.
     type F32: Copy + fmt::Debug;
     /// A vector of 16-bit integers, twice as many.
     type I16: Copy + fmt::Debug;
+    /// A vector of 32-bit integers, as many as float32 values.
+    type I32: Copy + fmt::Debug;
 
     /// The token, if the CPU has the level.
     fn new() -> Option<Self>;
@@ -291,15 +307,52 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
     fn add_i16(self, a: Self::I16, b: Self::I16) -> Self::I16;
 
     /// The values of `low`, then those of `high`, rounded to nearest. Values
-    /// beyond the range, and NaN, give any number.
+    /// beyond the range of the result, and NaN, give any number.
     fn round_i16(self, low: Self::F32, high: Self::F32) -> Self::I16;
 
     /// The inverse of [`round_i16`](Self::round_i16).
     fn widen_i16(self, vector: Self::I16) -> [Self::F32; 2];
 
+    /// Pairs of the lanes of `a` and `b`, those of even lanes and those of odd
+    /// lanes: `a[0] b[0] a[2] b[2] ...` and `a[1] b[1] a[3] b[3] ...`.
+    fn zip_i16(self, a: Self::I16, b: Self::I16) -> [Self::I16; 2];
+
+    /// Every pair of lanes `pair`, the lower lane in the lower bits.
+    fn splat_pair(self, pair: i32) -> Self::I16;
+
+    /// Every lane `value`.
+    fn splat_i32(self, value: i32) -> Self::I32;
+
+    /// `c + a[2i] * b[2i] + a[2i + 1] * b[2i + 1]`, modulo 2^32.
+    fn dot_i16(self, a: Self::I16, b: Self::I16, c: Self::I32) -> Self::I32;
+
+    /// The upper halves of each value, those of `even` in even lanes.
+    fn upper_halves(self, even: Self::I32, odd: Self::I32) -> Self::I16;
+
+    /// As float32, in turns from `even` and `odd`.
+    fn interleave_i32(self, even: Self::I32, odd: Self::I32) -> [Self::F32; 2];
+
     /// Lane `i` becomes lane `i + distance`; the last `distance` lanes become
     /// any of the others.
     fn shift_i16(self, vector: Self::I16, distance: usize) -> Self::I16;
+
+    /// Every lane shifted right by `BITS`, 1 to 15, zeros behind.
+    fn shift_right_i16<const BITS: u32>(self, vector: Self::I16) -> Self::I16;
+
+    /// Every lane's entry of a table: of the lane, only the lowest `BITS` bits
+    /// count, 4 to 6. The fewest entries are 32: of 4 bits, 16 come twice.
+    ///
+    /// # Safety
+    ///
+    /// `entries` is valid for reads of 32 values, or of 64 for 6 bits.
+    unsafe fn look_up_i16<const BITS: u32>(
+        self,
+        entries: *const i16,
+        indices: Self::I16,
+    ) -> Self::I16;
+
+    /// Bring the cache line at `address`, which may be any, closer.
+    fn prefetch(self, address: *const i16);
 
     /// The `2 * LANES` values at `source`, which needs no alignment.
     ///
@@ -393,6 +446,9 @@ mod tests {
             }
             let twice: Vec<f32> = expected.iter().map(|x| f32::from(2 * x)).collect();
             assert_eq!(doubled, twice, "{}", S::NAME);
+            check_look_up::<S, 4>(s);
+            check_look_up::<S, 5>(s);
+            check_look_up::<S, 6>(s);
             for distance in 0..lanes {
                 let mut shifted = vec![0i16; lanes];
                 // SAFETY: both buffers hold a vector where they are used.
@@ -411,6 +467,52 @@ mod tests {
             expected.insert(0, 7);
             expected.push(7);
             assert_eq!(words, expected, "{}", S::NAME);
+
+            let a: Vec<i16> = (0..lanes).map(|i| 1000 * i as i16 - 15_000).collect();
+            let b: Vec<i16> = (0..lanes).map(|i| 77 - 501 * i as i16).collect();
+            let pair = 3 | (-2 << 16);
+            let mut products = vec![0i16; lanes];
+            let mut floats = vec![0f32; lanes];
+            // SAFETY: all buffers hold a vector of 16-bit lanes, `floats` two.
+            unsafe {
+                let [even, odd] = s.zip_i16(s.load_i16(a.as_ptr()), s.load_i16(b.as_ptr()));
+                let even = s.dot_i16(even, s.splat_pair(pair), s.splat_i32(1 << 15));
+                let odd = s.dot_i16(odd, s.splat_pair(pair), s.splat_i32(1 << 15));
+                s.store_i16(products.as_mut_ptr(), s.upper_halves(even, odd));
+                let [low, high] = s.interleave_i32(even, odd);
+                s.store(floats.as_mut_ptr(), low);
+                s.store(floats.as_mut_ptr().add(S::LANES), high);
+            }
+            for i in 0..lanes {
+                let sum = 3 * i32::from(a[i]) - 2 * i32::from(b[i]) + (1 << 15);
+                assert_eq!(i32::from(products[i]), sum >> 16, "{} {i}", S::NAME);
+                assert_eq!(floats[i], sum as f32, "{} {i}", S::NAME);
+            }
+        }
+    }
+
+    /// Indices of `BITS` bits with others above them.
+    #[inline(always)]
+    fn check_look_up<S: Simd, const BITS: u32>(s: S) {
+        let n = 1usize << BITS;
+        let entries: Vec<i16> = (0..n.max(32))
+            .map(|i| (i % n) as i16 * 517 - 9000)
+            .collect();
+        for first in (0..n).step_by(2 * S::LANES) {
+            let word = |i: usize| ((first + i) << 3 | 0x9005) as i16;
+            let words: Vec<i16> = (0..2 * S::LANES).map(word).collect();
+            let mut found = vec![0i16; words.len()];
+            // SAFETY: there are 32 entries or n, and a vector of words.
+            unsafe {
+                let indices = s.shift_right_i16::<3>(s.load_i16(words.as_ptr()));
+                s.store_i16(
+                    found.as_mut_ptr(),
+                    s.look_up_i16::<BITS>(entries.as_ptr(), indices),
+                );
+            }
+            let index = |word: &i16| (*word as u16 >> 3) as usize % n;
+            let expected: Vec<i16> = words.iter().map(|word| entries[index(word)]).collect();
+            assert_eq!(found, expected, "{} {BITS}", S::NAME);
         }
     }
 

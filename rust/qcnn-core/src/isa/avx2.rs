@@ -1,15 +1,18 @@
 //! The AVX2 level.
 
 use std::arch::x86_64::{
-    __m256, __m256i, _CMP_UNORD_Q, _mm256_add_epi16, _mm256_add_epi32, _mm256_add_ps,
-    _mm256_blendv_ps, _mm256_castpd_ps, _mm256_castps_pd, _mm256_castsi256_si128, _mm256_cmp_ps,
-    _mm256_cmpgt_epi32, _mm256_cvtepi16_epi32, _mm256_cvtepi32_ps, _mm256_cvtps_epi32,
-    _mm256_extracti128_si256, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256,
-    _mm256_maskload_ps, _mm256_maskstore_ps, _mm256_max_ps, _mm256_mul_ps, _mm256_or_si256,
-    _mm256_packs_epi32, _mm256_permute4x64_epi64, _mm256_permute4x64_pd,
-    _mm256_permutevar8x32_epi32, _mm256_rsqrt_ps, _mm256_set1_epi32, _mm256_set1_ps,
-    _mm256_setr_epi32, _mm256_setzero_si256, _mm256_shuffle_ps, _mm256_slli_epi32,
-    _mm256_srli_epi32, _mm256_storeu_ps, _mm256_storeu_si256,
+    __m128i, __m256, __m256i, _CMP_UNORD_Q, _MM_HINT_T0, _mm_cvtsi32_si128, _mm_loadu_si128,
+    _mm_prefetch, _mm256_add_epi16, _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256,
+    _mm256_blend_epi16, _mm256_blendv_epi8, _mm256_blendv_ps, _mm256_broadcastsi128_si256,
+    _mm256_castpd_ps, _mm256_castps_pd, _mm256_castsi256_si128, _mm256_cmp_ps, _mm256_cmpgt_epi32,
+    _mm256_cvtepi16_epi32, _mm256_cvtepi32_ps, _mm256_cvtps_epi32, _mm256_extracti128_si256,
+    _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maskload_ps,
+    _mm256_maskstore_ps, _mm256_max_ps, _mm256_mul_ps, _mm256_mullo_epi16, _mm256_or_si256,
+    _mm256_packs_epi32, _mm256_permute2x128_si256, _mm256_permute4x64_epi64, _mm256_permute4x64_pd,
+    _mm256_permutevar8x32_epi32, _mm256_rsqrt_ps, _mm256_set1_epi16, _mm256_set1_epi32,
+    _mm256_set1_ps, _mm256_setr_epi32, _mm256_setzero_si256, _mm256_shuffle_epi8,
+    _mm256_shuffle_ps, _mm256_slli_epi16, _mm256_slli_epi32, _mm256_srl_epi16, _mm256_srli_epi32,
+    _mm256_storeu_ps, _mm256_storeu_si256, _mm256_unpackhi_epi32, _mm256_unpacklo_epi32,
 };
 
 use super::{Simd, Task};
@@ -22,8 +25,10 @@ impl Simd for Avx2 {
     const NAME: &'static str = "x86_64-avx2";
     const LANES: usize = 8;
     const REGISTERS: usize = 16;
+    const LOOK_UP_CYCLES: [f64; 3] = [2.9, 4.7, 8.6];
     type F32 = __m256;
     type I16 = __m256i;
+    type I32 = __m256i;
 
     /// Asks if the CPU has AVX2 and FMA.
     fn new() -> Option<Self> {
@@ -151,6 +156,55 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn zip_i16(self, a: __m256i, b: __m256i) -> [__m256i; 2] {
+        // SAFETY: `self` proves AVX2.
+        unsafe {
+            [
+                _mm256_blend_epi16::<ODD_LANES>(a, _mm256_slli_epi32::<16>(b)),
+                _mm256_blend_epi16::<ODD_LANES>(_mm256_srli_epi32::<16>(a), b),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn splat_pair(self, pair: i32) -> __m256i {
+        // SAFETY: `self` proves AVX, which AVX2 includes.
+        unsafe { _mm256_set1_epi32(pair) }
+    }
+
+    #[inline(always)]
+    fn splat_i32(self, value: i32) -> __m256i {
+        // SAFETY: `self` proves AVX, which AVX2 includes.
+        unsafe { _mm256_set1_epi32(value) }
+    }
+
+    #[inline(always)]
+    fn dot_i16(self, a: __m256i, b: __m256i, c: __m256i) -> __m256i {
+        // SAFETY: `self` proves AVX2.
+        unsafe { _mm256_add_epi32(_mm256_madd_epi16(a, b), c) }
+    }
+
+    #[inline(always)]
+    fn upper_halves(self, even: __m256i, odd: __m256i) -> __m256i {
+        // SAFETY: `self` proves AVX2.
+        unsafe { _mm256_blend_epi16::<ODD_LANES>(_mm256_srli_epi32::<16>(even), odd) }
+    }
+
+    #[inline(always)]
+    fn interleave_i32(self, even: __m256i, odd: __m256i) -> [__m256; 2] {
+        // SAFETY: `self` proves AVX2.
+        unsafe {
+            // Unpacking works within halves: elements 0 1 | 4 5, 2 3 | 6 7.
+            let low = _mm256_unpacklo_epi32(even, odd);
+            let high = _mm256_unpackhi_epi32(even, odd);
+            [
+                _mm256_cvtepi32_ps(_mm256_permute2x128_si256::<0x20>(low, high)),
+                _mm256_cvtepi32_ps(_mm256_permute2x128_si256::<0x31>(low, high)),
+            ]
+        }
+    }
+
+    #[inline(always)]
     fn shift_i16(self, vector: __m256i, distance: usize) -> __m256i {
         // SAFETY: `self` proves AVX2.
         unsafe {
@@ -165,6 +219,58 @@ impl Simd for Avx2 {
             let next = _mm256_permutevar8x32_epi32(vector, next);
             _mm256_or_si256(_mm256_srli_epi32::<16>(even), _mm256_slli_epi32::<16>(next))
         }
+    }
+
+    #[inline(always)]
+    fn shift_right_i16<const BITS: u32>(self, vector: __m256i) -> __m256i {
+        // SAFETY: `self` proves AVX2.
+        unsafe { _mm256_srl_epi16(vector, _mm_cvtsi32_si128(BITS as i32)) }
+    }
+
+    #[inline(always)]
+    unsafe fn look_up_i16<const BITS: u32>(self, entries: *const i16, indices: __m256i) -> __m256i {
+        // SAFETY: `self` proves AVX2; the caller vouches for 2^BITS entries,
+        // of which each step of the loop reads 16.
+        unsafe {
+            // The positions of an entry's two bytes.
+            let mask = _mm256_set1_epi16((1 << BITS) - 1);
+            let twice =
+                _mm256_mullo_epi16(_mm256_and_si256(indices, mask), _mm256_set1_epi16(0x0202));
+            let bytes = _mm256_or_si256(twice, _mm256_set1_epi16(0x0100));
+            // A shuffle sees the lowest 4 bits and takes from 8 entries; the
+            // bits above them choose between shuffles. A blend sees the highest
+            // bit of each byte.
+            let by_bit_4 = _mm256_slli_epi16::<3>(bytes);
+            let by_bit_5 = _mm256_slli_epi16::<2>(bytes);
+            let by_bit_6 = _mm256_slli_epi16::<1>(bytes);
+            let mut sixteen = [bytes; 4];
+            for (i, sixteen) in sixteen.iter_mut().take((1 << BITS) / 16).enumerate() {
+                let source: *const __m128i = entries.add(16 * i).cast();
+                let low = _mm256_broadcastsi128_si256(_mm_loadu_si128(source));
+                let high = _mm256_broadcastsi128_si256(_mm_loadu_si128(source.add(1)));
+                *sixteen = _mm256_blendv_epi8(
+                    _mm256_shuffle_epi8(low, bytes),
+                    _mm256_shuffle_epi8(high, bytes),
+                    by_bit_4,
+                );
+            }
+            let [a, b, c, d] = sixteen;
+            match BITS {
+                4 => a,
+                5 => _mm256_blendv_epi8(a, b, by_bit_5),
+                _ => _mm256_blendv_epi8(
+                    _mm256_blendv_epi8(a, b, by_bit_5),
+                    _mm256_blendv_epi8(c, d, by_bit_5),
+                    by_bit_6,
+                ),
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, address: *const i16) {
+        // SAFETY: a prefetch does not fault.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
     }
 
     #[inline(always)]
@@ -189,3 +295,6 @@ fn first_lanes(_: Avx2, n: usize) -> __m256i {
         _mm256_cmpgt_epi32(_mm256_set1_epi32(n as i32), lanes)
     }
 }
+
+/// Every second lane of 16 bits, of 8.
+const ODD_LANES: i32 = 0b1010_1010;

@@ -14,9 +14,11 @@ impl<const N: usize> Simd for Portable<N> {
     const NAME: &'static str = "portable";
     const LANES: usize = N;
     const REGISTERS: usize = 16;
+    const LOOK_UP_CYCLES: [f64; 3] = [12.0 * N as f64; 3];
     type F32 = [f32; N];
     /// The lower and the upper half.
     type I16 = [[i16; N]; 2];
+    type I32 = [i32; N];
 
     /// Every CPU has this level.
     fn new() -> Option<Self> {
@@ -126,12 +128,86 @@ impl<const N: usize> Simd for Portable<N> {
     }
 
     #[inline(always)]
+    fn zip_i16(self, a: [[i16; N]; 2], b: [[i16; N]; 2]) -> [[[i16; N]; 2]; 2] {
+        let (a, b) = (a.as_flattened(), b.as_flattened());
+        std::array::from_fn(|odd| {
+            std::array::from_fn(|half| {
+                std::array::from_fn(|i| {
+                    let lane = half * N + i;
+                    [a, b][lane % 2][lane / 2 * 2 + odd]
+                })
+            })
+        })
+    }
+
+    #[inline(always)]
+    fn splat_pair(self, pair: i32) -> [[i16; N]; 2] {
+        let lanes = [pair as i16, (pair >> 16) as i16];
+        std::array::from_fn(|half| std::array::from_fn(|i| lanes[(half * N + i) % 2]))
+    }
+
+    #[inline(always)]
+    fn splat_i32(self, value: i32) -> [i32; N] {
+        [value; N]
+    }
+
+    #[inline(always)]
+    fn dot_i16(self, a: [[i16; N]; 2], b: [[i16; N]; 2], c: [i32; N]) -> [i32; N] {
+        let (a, b) = (a.as_flattened(), b.as_flattened());
+        let product = |i: usize| i32::from(a[i]) * i32::from(b[i]);
+        std::array::from_fn(|i| c[i].wrapping_add(product(2 * i).wrapping_add(product(2 * i + 1))))
+    }
+
+    #[inline(always)]
+    fn upper_halves(self, even: [i32; N], odd: [i32; N]) -> [[i16; N]; 2] {
+        std::array::from_fn(|half| {
+            std::array::from_fn(|i| {
+                let lane = half * N + i;
+                ([even, odd][lane % 2][lane / 2] >> 16) as i16
+            })
+        })
+    }
+
+    #[inline(always)]
+    fn interleave_i32(self, even: [i32; N], odd: [i32; N]) -> [[f32; N]; 2] {
+        std::array::from_fn(|half| {
+            std::array::from_fn(|i| {
+                let lane = half * N + i;
+                [even, odd][lane % 2][lane / 2] as f32
+            })
+        })
+    }
+
+    #[inline(always)]
     fn shift_i16(self, vector: [[i16; N]; 2], distance: usize) -> [[i16; N]; 2] {
         let lanes = vector.as_flattened();
         std::array::from_fn(|half| {
             std::array::from_fn(|i| lanes[(half * N + i + distance) % (2 * N)])
         })
     }
+
+    #[inline(always)]
+    fn shift_right_i16<const BITS: u32>(self, vector: [[i16; N]; 2]) -> [[i16; N]; 2] {
+        std::array::from_fn(|half| {
+            std::array::from_fn(|i| (vector[half][i].cast_unsigned() >> BITS).cast_signed())
+        })
+    }
+
+    #[inline(always)]
+    unsafe fn look_up_i16<const BITS: u32>(
+        self,
+        entries: *const i16,
+        indices: [[i16; N]; 2],
+    ) -> [[i16; N]; 2] {
+        let mask = (1usize << BITS) - 1;
+        // SAFETY: the index is below 2^BITS; the caller vouches for as many
+        // entries.
+        let entry = |index: i16| unsafe { *entries.add(usize::from(index.cast_unsigned()) & mask) };
+        std::array::from_fn(|half| std::array::from_fn(|i| entry(indices[half][i])))
+    }
+
+    #[inline(always)]
+    fn prefetch(self, _: *const i16) {}
 
     #[inline(always)]
     unsafe fn load_i16(self, source: *const i16) -> [[i16; N]; 2] {

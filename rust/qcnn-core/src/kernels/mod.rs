@@ -10,6 +10,8 @@
 //! An image's response does not depend on the batch it comes in: every kernel
 //! sums in the same order for one image and for many.
 
+mod gemm16;
+mod permute;
 mod pixels;
 pub(crate) mod planes;
 mod rows;
@@ -26,6 +28,8 @@ use crate::isa::{Isa, Simd, Task};
 use crate::ops::conv::{DirectConv, GemmConv};
 use crate::ops::fc::GemmFc;
 use crate::precision::Precision;
+use gemm16::Gemm16Conv;
+use permute::PermuteFc;
 use pixels::PixelsConv;
 use rows::RowsConv;
 use words::WordsFc;
@@ -142,7 +146,7 @@ impl<'a> Candidate<'a> {
     }
 
     /// Clock cycles that one image takes, by a rough model whose constants were
-    /// measured on a Zen 3 core. Only comparisons mean something.
+    /// measured on Zen 3 and Zen 4 cores. Only comparisons mean something.
     pub fn cycles(&self) -> f64 {
         self.cycles
     }
@@ -159,6 +163,12 @@ impl fmt::Debug for Candidate<'_> {
             .field("cycles", &self.cycles)
             .finish_non_exhaustive()
     }
+}
+
+/// Clock cycles of a vector operation, or of an aligned load: vectors of 64
+/// bytes have half the throughput, on the CPUs that the models describe.
+pub(crate) const fn vector_cycles<S: Simd>() -> f64 {
+    if S::LANES >= 16 { 1.0 } else { 0.5 }
 }
 
 /// Every kernel on `isa` that can run `layer` at `precision`, from the fastest to the slowest
@@ -187,20 +197,21 @@ fn conv_kernels_of<'a, S: Simd>(
     simd: S,
     precision: Precision,
 ) -> Vec<Candidate<'a>> {
-    let fast = precision == Precision::Fast;
-    let mut candidates: Vec<_> = [
-        if fast {
-            RowsConv::candidate(simd, layer)
-        } else {
-            None
-        },
+    let fast = [
+        RowsConv::candidate(simd, layer),
+        Gemm16Conv::candidate(simd, layer),
+    ];
+    let exact = [
         PixelsConv::candidate(simd, layer),
         DirectConv::candidate(simd, layer),
         Some(GemmConv::candidate(simd, layer)),
-    ]
-    .into_iter()
-    .flatten()
-    .collect();
+    ];
+    let mut candidates: Vec<_> = fast
+        .into_iter()
+        .filter(|_| precision == Precision::Fast)
+        .chain(exact)
+        .flatten()
+        .collect();
     candidates.sort_by(|a, b| a.cycles.total_cmp(&b.cycles));
     candidates
 }
@@ -229,9 +240,15 @@ pub fn fc_kernels<'a>(
 fn fc_kernels_of<'a, S: Simd>(
     layer: &'a FcLayer<'a>,
     simd: S,
-    _precision: Precision,
+    precision: Precision,
 ) -> Vec<Candidate<'a>> {
+    let fast = precision == Precision::Fast;
     let mut candidates: Vec<_> = [
+        if fast {
+            PermuteFc::candidate(simd, layer)
+        } else {
+            None
+        },
         WordsFc::candidate(simd, layer),
         Some(GemmFc::candidate(simd, layer)),
     ]

@@ -22,7 +22,7 @@
 
 use super::planes::Planes;
 use super::tile::{TILE_VECTORS, load_tile, store_tile, tile, tile_rows};
-use super::{Candidate, ConvLayer, Kernel, Weights};
+use super::{Candidate, ConvLayer, Kernel, Weights, vector_cycles};
 use crate::geometry::ConvGeometry;
 use crate::graph::PqGeometry;
 use crate::isa::{Simd, Task};
@@ -327,14 +327,16 @@ fn cost<S: Simd>(
     // Copying the planes, row by row; multiplying and storing.
     let dim = pq.subvector_dim as f64;
     let copies = dim * (2.0 * row_vectors + 15.0 * planes.rows() as f64);
-    let tables = copies + pq.n_centroids as f64 * row_vectors * (1.5 + 0.5 * dim);
+    let tables = copies + pq.n_centroids as f64 * row_vectors * vector_cycles::<S>() * (3.0 + dim);
     // Adding a vector, from L1 or L2; the address, once per strip; loading and
     // storing the sums, once per block.
     let look_up = if window_bytes <= WINDOW_BYTES {
         1.0
     } else {
         1.1
-    } + 0.4 / strip as f64;
+    };
+    // Twice as many loads of 64 bytes straddle two lines.
+    let look_up = 2.0 * vector_cycles::<S>() * look_up + 0.4 / strip as f64;
     let outputs = geometry.group_out_channels().next_multiple_of(OUTPUTS) as f64;
     let look_ups = outputs
         * planes.positions(tile).div_ceil(S::LANES) as f64
@@ -639,7 +641,10 @@ impl<T: Offset, const V: usize> Task for Strip<'_, T, V> {
                 for i in 0..bases.len() {
                     let base = table.as_ptr().add(*bases.get_unchecked(i));
                     for o in 0..OUTPUTS {
-                        let source = base.byte_add((*offsets.add(i * OUTPUTS + o)).bytes());
+                        // Volatile, or the compiler loads several into a vector,
+                        // only to take them apart.
+                        let offset = offsets.add(i * OUTPUTS + o).read_volatile();
+                        let source = base.byte_add(offset.bytes());
                         for v in 0..V {
                             let row = simd.load(source.add(v * S::LANES));
                             registers[o][v] = simd.add(registers[o][v], row);

@@ -12,32 +12,38 @@
 //!   taps of each column have sums of their own, which are shifted by whole
 //!   lanes and added up at the end of a pass.
 //!
+//! Tables are built from 16-bit inputs and codewords as well: a multiplication
+//! then makes two products of every lane.
+//!
 //! # Why nothing overflows
 //!
-//! Tables are computed in float32, multiplied by a scale and rounded. The scale
-//! holds for the terms that are summed in 16 bits before they go to float32 (at
-//! most [`MAX_TERMS`], from one or a few subspaces), for one tile of one image.
-//! By Cauchy and Schwarz, the terms of subspace m sum up to at most
-//! `|x_m(p)| * |w_m(o)|`, the norms of all the input that output pixel p sees
-//! through these taps, and of all codewords that output channel o uses for
+//! The codewords of a subspace are stored as integers, `w * a`. A tile of an
+//! image has a scale `s` for all terms that are summed in 16 bits before they go
+//! to float32, at most [`MAX_TERMS`], from one or a few subspaces. Its inputs
+//! become integers `x * s * 2^16 / a`, and table entries, products divided by
+//! 2^16, are `x * w * s`. By Cauchy and Schwarz, what output o adds from
+//! subspace m at pixel p is at most `|x_m(p)| * |w_m(o)|`: the norms of all the
+//! input that p sees through these taps, and of all codewords that o uses for
 //! them. With
 //!
 //! `bound = max over p of (sum over m of |x_m(p)| * max over o of |w_m(o)|)`
 //!
-//! the scaled sum is at most `scale * bound`, and rounding adds at most 1/2 per
-//! term: `scale = (32767 - MAX_TERMS) / bound` keeps every complete sum, and
-//! every table entry that a complete sum uses, within 16 bits. Partial sums may
-//! wrap around, which does not change complete ones.
+//! the sum is at most `s * bound`. Rounding table entries adds at most 1/2 per
+//! term. Rounding inputs adds at most `sqrt(C' * taps) / 2` to the norm of the
+//! integers that p sees, so `sqrt(C' * taps) / 2 * |w * a| / 2^16` to the sum,
+//! and `a` is such that `|w * a|` is at most 2^15: `sqrt(C') / 4` per term covers
+//! that. So with `s = (32767 - MAX_TERMS * (1/2 + sqrt(C') / 4) - 1) / bound`
+//! every complete sum, and every table entry that a complete sum uses, has 16
+//! bits. Sums of some of the terms may wrap around, which does not change the
+//! complete ones. Inputs have 16 bits because `s` is made smaller if need be.
 
 // As in `tile`: index loops keep the sums in registers.
 #![allow(clippy::needless_range_loop)]
 
 use std::ops::Range;
 
-use super::pixels::pack_codebooks;
 use super::planes::Planes;
-use super::tile::{tile, tile_rows};
-use super::{Candidate, ConvLayer, Kernel, Weights};
+use super::{Candidate, ConvLayer, Kernel, Weights, vector_cycles};
 use crate::geometry::{ConvGeometry, Padding};
 use crate::graph::PqGeometry;
 use crate::isa::{Simd, Task};
@@ -57,8 +63,15 @@ const LINE: usize = 16;
 /// address of a load.
 const OFFSET_BYTES: usize = 8;
 
-/// What the windows of a strip may take of a 32 KiB L1 cache.
-const WINDOW_BYTES: usize = 25 << 10;
+/// Longest sub-vector: what rounding its inputs may add to the sums stays small.
+const MAX_SUBVECTOR_DIM: usize = 1024;
+
+/// What the windows of the tables that are looked up together may take: beyond
+/// L1, but less than what they save.
+const WINDOWS_BYTES: usize = 64 << 10;
+
+/// What fits a 32 KiB L1 cache beside the sums and offsets that stream through.
+const L1_BYTES: usize = 32 << 10;
 
 /// What the table of a subspace may take of a 512 KiB L2 cache.
 const TABLE_BYTES: usize = 288 << 10;
@@ -237,9 +250,7 @@ pub(crate) struct RowsConv<S> {
     row_len: usize,
     /// Rows of a table, in whole panels. If steps have gaps the last are zeros.
     table_rows: usize,
-    /// For each set and subspace, panels of `tile_rows` codewords:
-    /// `(C', tile_rows)`.
-    codebooks: Vec<f32>,
+    codebooks: Vec<Codebook>,
     /// For each group, pass, block of outputs and subspace of the pass, in units
     /// of `OFFSET_BYTES` from the first output vector's lanes in the first table
     /// row: `(steps of the pass, columns, outputs)`.
@@ -249,6 +260,24 @@ pub(crate) struct RowsConv<S> {
     norms: Vec<f32>,
     /// `(groups, padded outputs)`
     bias: Vec<f32>,
+}
+
+/// The codewords of a subspace as 16-bit integers.
+#[derive(Clone, Debug)]
+struct Codebook {
+    /// What they were multiplied with.
+    scale: f32,
+    /// Panels of `panel_rows` codewords, each `(pairs of channels, panel_rows)`,
+    /// the first channel in the lower half.
+    pairs: Vec<i32>,
+    /// The squared norm of each codeword, of the integers divided by the scale.
+    squares: Vec<f32>,
+}
+
+/// Codewords whose table entries are computed together: the sums take three
+/// quarters of the registers, or less.
+const fn panel_rows<S: Simd>() -> usize {
+    if S::REGISTERS >= 32 { 12 } else { 4 }
 }
 
 /// Lanes of a vector of 16-bit integers.
@@ -289,7 +318,7 @@ fn row_len<S: Simd>(planes: &Planes) -> usize {
 
 /// Rows of a table, in whole panels.
 fn table_rows<S: Simd>(pq: PqGeometry, steps: &Steps) -> usize {
-    (pq.n_centroids + usize::from(steps.has_gaps())).next_multiple_of(tile_rows::<S>())
+    (pq.n_centroids + usize::from(steps.has_gaps())).next_multiple_of(panel_rows::<S>())
 }
 
 /// Choose the blocking, and estimate the clock cycles of an image. `None` if
@@ -351,7 +380,7 @@ fn cost<S: Simd>(
     let blocking = Blocking {
         cut,
         strip,
-        together: (WINDOW_BYTES / window_bytes).clamp(1, pq.n_subspaces),
+        together: (WINDOWS_BYTES / window_bytes).clamp(1, pq.n_subspaces),
     };
     let batches = steps.batches(pq.n_subspaces, blocking.together);
     let passes: usize = batches.iter().map(|batch| batch.passes.len()).sum();
@@ -364,13 +393,14 @@ fn cost<S: Simd>(
     let dim = pq.subvector_dim as f64;
     let plane_vectors = planes.rows() as f64;
     let copies = dim * plane_vectors * (4.0 + 12.0 * cut.parts as f64);
-    let tables = table_rows as f64 * plane_vectors * (4.0 + 1.6 * dim);
+    let tables = table_rows as f64 * plane_vectors * vector_cycles::<S>() * (5.0 + 1.1 * dim);
     // Adding a vector, from L1 or L2, and its address, once per strip.
-    let in_l1 = window_bytes * blocking.together <= WINDOW_BYTES;
-    let look_up = if in_l1 { 1.0 } else { 1.5 } + 0.5 / strip as f64;
+    let in_l1 = window_bytes * blocking.together <= L1_BYTES;
+    let look_up = vector_cycles::<S>() * if in_l1 { 1.1 } else { 1.2 } + 0.35 / strip as f64;
     let n_terms = (steps.taps.len() * columns * pq.n_subspaces) as f64;
     // Merging columns, loading and storing 16-bit sums; adding to float32 sums.
     let sums = passes as f64 * (2.0 + 2.0 * columns as f64) + ends as f64 * 10.0;
+    let sums = sums * vector_cycles::<S>();
     let outputs = geometry.group_out_channels().next_multiple_of(together) as f64;
     let look_ups = outputs * cut.rows as f64 * (n_terms * look_up + sums);
     let rows = outputs * (15 * cut.rows * cut.parts) as f64;
@@ -388,6 +418,9 @@ impl<S: Simd> RowsConv<S> {
         else {
             return None;
         };
+        if pq.subvector_dim > MAX_SUBVECTOR_DIM {
+            return None;
+        }
         let (blocking, cycles) = choose_blocking::<S>(&flattened(layer.geometry), pq)?;
         Some(Candidate::new(cycles, move || {
             Self::new(simd, layer, (pq, codebooks, codes), blocking)
@@ -424,7 +457,7 @@ impl<S: Simd> RowsConv<S> {
             name: format!("{}-i16-rows", S::NAME),
             batches: steps.batches(pq.n_subspaces, together),
             row_len: row_len::<S>(&planes),
-            codebooks: pack_codebooks(pq, codebooks, table_rows, tile_rows::<S>()),
+            codebooks: Vec::new(),
             offsets: Vec::new(),
             norms: Vec::new(),
             geometry,
@@ -436,17 +469,82 @@ impl<S: Simd> RowsConv<S> {
             table_rows,
             bias,
         };
+        let dim = pq.subvector_dim;
+        for (i, codewords) in codebooks.chunks_exact(pq.n_centroids * dim).enumerate() {
+            let codebook = kernel.integer_codebook(i, codewords, codes);
+            kernel.codebooks.push(codebook);
+        }
         for group in 0..kernel.geometry.groups {
             for pass in kernel.batches.iter().flat_map(|batch| &batch.passes) {
                 let offsets = kernel.pass_offsets(group, pass, codes);
                 kernel.offsets.extend(offsets);
                 for m in pass.subspaces.clone() {
-                    let norm = kernel.greatest_norm(group, pass, m, codebooks, codes);
+                    let squares = &kernel.codebook(group, m).squares;
+                    let norm = kernel.greatest_norm(group, &pass.steps, m, squares, codes);
                     kernel.norms.push(norm);
                 }
             }
         }
         kernel
+    }
+
+    /// Make integers of the codewords of codebook `i`, `(K, C')`: as large as
+    /// possible such that all that an output uses have a norm of 2^15 at most.
+    fn integer_codebook(&self, i: usize, codewords: &[f32], codes: &[u16]) -> Codebook {
+        let dim = self.pq.subvector_dim;
+        let m = i % self.pq.n_subspaces;
+        let squares = |codewords: &[f32]| -> Vec<f32> {
+            let squares = codewords.chunks_exact(dim);
+            squares
+                .map(|codeword| codeword.iter().map(|c| c * c).sum())
+                .collect()
+        };
+        let all_steps = 0..self.steps.taps.len();
+        let floats = squares(codewords);
+        let norm = (0..self.geometry.groups)
+            .filter(|&group| self.codebook_index(group, m) == i)
+            .map(|group| self.greatest_norm(group, &all_steps, m, &floats, codes))
+            .fold(0.0, f32::max);
+        let peak = codewords.iter().fold(0.0f32, |peak, c| peak.max(c.abs()));
+        // Rounding adds to the norm; so that it stays below 2^15:
+        let rounding = 0.5 * ((all_steps.len() * self.steps.columns.len() * dim) as f32).sqrt();
+        let scale = ((32_768.0 - rounding) / norm).min(32_767.0 / peak);
+        // Without any weights, or with none that the norm can be computed of.
+        let scale = if scale.is_finite() && scale > 0.0 {
+            scale
+        } else {
+            1.0
+        };
+        let rounded: Vec<f32> = codewords
+            .iter()
+            .map(|c| (c * scale).round_ties_even())
+            .collect();
+        let channel = |k: usize, j: usize| {
+            let exists = k < self.pq.n_centroids && j < dim;
+            if exists {
+                rounded[k * dim + j] as i16
+            } else {
+                0
+            }
+        };
+        let rows = panel_rows::<S>();
+        let mut pairs = Vec::with_capacity(self.table_rows * dim.div_ceil(2));
+        for first in (0..self.table_rows).step_by(rows) {
+            for j in (0..dim).step_by(2) {
+                pairs.extend((first..first + rows).map(|k| {
+                    i32::from(channel(k, j)) & 0xffff | i32::from(channel(k, j + 1)) << 16
+                }));
+            }
+        }
+        let mut squares = squares(&rounded);
+        for square in &mut squares {
+            *square /= scale * scale;
+        }
+        Codebook {
+            scale,
+            pairs,
+            squares,
+        }
     }
 
     /// Outputs summed together.
@@ -500,39 +598,29 @@ impl<S: Simd> RowsConv<S> {
     }
 
     /// The greatest norm of all codewords of subspace `m` that an output adds in
-    /// `pass`.
+    /// some steps.
     fn greatest_norm(
         &self,
         group: usize,
-        pass: &Pass,
+        steps: &Range<usize>,
         m: usize,
-        codebooks: &[f32],
+        squares: &[f32],
         codes: &[u16],
     ) -> f32 {
-        let dim = self.pq.subvector_dim;
-        let codebook = self.codebook(group, m);
-        let codebook = &codebooks[codebook * self.pq.n_centroids * dim..];
-        let squares: Vec<f32> = codebook[..self.pq.n_centroids * dim]
-            .chunks_exact(dim)
-            .map(|codeword| codeword.iter().map(|c| c * c).sum())
-            .collect();
         let of_output = |o: usize| {
-            let taps = self.steps.taps[pass.steps.clone()]
-                .iter()
-                .flatten()
-                .flatten();
+            let taps = self.steps.taps[steps.clone()].iter().flatten().flatten();
             taps.map(|&tap| squares[self.code(group, o, tap, m, codes)])
                 .sum::<f32>()
         };
         let greatest = (0..self.geometry.group_out_channels())
             .map(of_output)
-            .fold(0.0, f32::max);
+            .fold(0.0, greater);
         // Rounded up by more than the sums can be wrong.
         greatest.sqrt() * 1.0001
     }
 
-    /// Which codebook subspace `m` of a group has.
-    fn codebook(&self, group: usize, m: usize) -> usize {
+    /// Number of the codebook of subspace `m` of a group.
+    fn codebook_index(&self, group: usize, m: usize) -> usize {
         let set = if self.pq.codebook_groups > 1 {
             group
         } else {
@@ -541,9 +629,18 @@ impl<S: Simd> RowsConv<S> {
         set * self.pq.n_subspaces + m
     }
 
+    fn codebook(&self, group: usize, m: usize) -> &Codebook {
+        &self.codebooks[self.codebook_index(group, m)]
+    }
+
     /// Vectors of a plane.
     fn plane_vectors(&self) -> usize {
         self.planes.rows()
+    }
+
+    /// Planes of pairs of channels.
+    fn pair_planes(&self) -> usize {
+        self.pq.subvector_dim.div_ceil(2)
     }
 
     /// Elements of a plane, with room to read beyond its end.
@@ -565,14 +662,15 @@ impl<S: Simd> RowsConv<S> {
     }
 
     /// float32 elements of each part of the scratch: planes, squared norms of
-    /// their sub-vectors, bounds, tables, 16-bit and float32 sums.
-    fn scratch_parts(&self) -> [usize; 6] {
+    /// their sub-vectors, bounds, integer planes, tables, 16-bit and float32 sums.
+    fn scratch_parts(&self) -> [usize; 7] {
         let [batch, pass] = self.most_subspaces();
         let vectors = self.cut.rows * self.padded_outputs();
         [
             batch * self.pq.subvector_dim * self.plane_len(),
             batch * self.plane_len(),
             (self.cut.rows * lanes::<S>()).next_multiple_of(LINE),
+            self.pair_planes() * self.plane_vectors() * lanes::<S>(),
             pass * self.table_rows * self.row_len / 2,
             (vectors * S::LANES).next_multiple_of(LINE),
             vectors * lanes::<S>(),
@@ -617,6 +715,7 @@ impl<S: Simd> RowsConv<S> {
             planes_len,
             squares_len,
             bounds_len,
+            pairs_len,
             tables_len,
             partial_len,
             sums_len,
@@ -624,9 +723,11 @@ impl<S: Simd> RowsConv<S> {
         let (planes, rest) = scratch.split_at_mut(planes_len);
         let (squares, rest) = rest.split_at_mut(squares_len);
         let (bounds, rest) = rest.split_at_mut(bounds_len);
+        let (pairs, rest) = rest.split_at_mut(pairs_len);
         let (tables, rest) = rest.split_at_mut(tables_len);
         let (partial, rest) = rest.split_at_mut(partial_len);
         let sums = &mut rest[..sums_len];
+        let pairs: &mut [i16] = bytemuck::cast_slice_mut(pairs);
         let tables: &mut [i16] = bytemuck::cast_slice_mut(tables);
         let partial: &mut [i16] = bytemuck::cast_slice_mut(partial);
 
@@ -637,10 +738,14 @@ impl<S: Simd> RowsConv<S> {
         let mut norms = &self.norms[self.norms.len() / self.geometry.groups * group..];
         let mut bias = Some(bias);
         for batch in &self.batches {
+            let planes_of = self.pq.subvector_dim * self.plane_len();
+            // The greatest scale that leaves 16 bits to each subspace's inputs.
+            let mut limit = f32::INFINITY;
             for (i, m) in batch.subspaces.clone().enumerate() {
-                let planes = &mut planes[i * self.pq.subvector_dim * self.plane_len()..];
+                let planes = &mut planes[i * planes_of..];
                 let squares = &mut squares[i * self.plane_len()..][..self.plane_len()];
-                self.fill_planes(tile, m, input, planes, squares);
+                let peak = self.fill_planes(tile, m, input, planes, squares);
+                limit = limit.min(32_767.0 / 65_536.0 * self.codebook(group, m).scale / peak);
             }
             let bound = self.simd.call(Bound {
                 kernel: self,
@@ -649,22 +754,28 @@ impl<S: Simd> RowsConv<S> {
                 squares,
                 bounds: &mut bounds[..self.cut.rows * lanes::<S>()],
             });
-            let (scale, unit) = scale_and_unit(bound);
-            let planes_len = batch.subspaces.len() * self.pq.subvector_dim * self.plane_len();
-            self.simd.call(Scale(&mut planes[..planes_len], scale));
+            let (scale, unit) = self.scale_and_unit(bound, limit);
             for pass in &batch.passes {
                 if pass.steps.start == 0 {
-                    for (k, m) in pass.subspaces.clone().enumerate() {
-                        let first = m - batch.subspaces.start;
+                    for (i, m) in pass.subspaces.clone().enumerate() {
+                        let codebook = self.codebook(group, m);
+                        let depth = self.channels(m).len();
+                        self.simd.call(PackPlanes {
+                            planes: &planes[(m - batch.subspaces.start) * planes_of..],
+                            plane_len: self.plane_len(),
+                            depth,
+                            scale: scale * 65_536.0 / codebook.scale,
+                            vectors: self.plane_vectors(),
+                            pairs,
+                        });
                         let table_len = self.table_rows * self.row_len;
                         self.simd.call(BuildTable {
-                            codewords: self.codewords(group, m),
-                            dim: self.pq.subvector_dim,
-                            depth: self.channels(m).len(),
-                            planes: &planes[first * self.pq.subvector_dim * self.plane_len()..],
-                            plane_len: self.plane_len(),
+                            codewords: &codebook.pairs,
+                            panel_pairs: self.pair_planes(),
+                            depth: depth.div_ceil(2),
+                            planes: pairs,
                             vectors: self.plane_vectors(),
-                            table: &mut tables[k * table_len..][..table_len],
+                            table: &mut tables[i * table_len..][..table_len],
                             row_len: self.row_len,
                         });
                     }
@@ -709,14 +820,8 @@ impl<S: Simd> RowsConv<S> {
         first..(first + self.pq.subvector_dim).min(self.geometry.group_in_channels())
     }
 
-    /// The packed codewords of subspace `m`.
-    fn codewords(&self, group: usize, m: usize) -> &[f32] {
-        let len = self.table_rows * self.pq.subvector_dim;
-        &self.codebooks[self.codebook(group, m) * len..][..len]
-    }
-
-    /// Copy what a tile sees of subspace `m`, and sum up the squares of each
-    /// sub-vector.
+    /// Copy what a tile sees of subspace `m`, sum up the squares of each
+    /// sub-vector, and return the greatest magnitude.
     fn fill_planes(
         &self,
         tile: usize,
@@ -724,23 +829,44 @@ impl<S: Simd> RowsConv<S> {
         input: &[f32],
         planes: &mut [f32],
         squares: &mut [f32],
-    ) {
+    ) -> f32 {
         let g = &self.geometry;
         squares.fill(0.0);
+        let mut peak = 0.0;
         for (c, plane) in self
             .channels(m)
             .zip(planes.chunks_exact_mut(self.plane_len()))
         {
             let channel = &input[c * g.in_pixels()..(c + 1) * g.in_pixels()];
+            let plane = &mut plane[..self.plane_vectors() * lanes::<S>()];
             for part in 0..self.cut.parts {
                 let origin = self.cut.origin(tile, part);
-                let plane =
-                    &mut plane[part * self.cut.part_lanes..self.plane_vectors() * lanes::<S>()];
+                let plane = &mut plane[part * self.cut.part_lanes..];
                 self.planes
                     .fill_rows(g, origin, channel, plane, lanes::<S>());
             }
-            self.simd.call(AddSquares { plane, squares });
+            peak = greater(peak, self.simd.call(AddSquares { plane, squares }));
         }
+        peak
+    }
+
+    /// The factor from float32 to 16-bit values, at most `limit`, such that sums
+    /// within `bound` fit, and the one back.
+    ///
+    /// Without any signal both are 0. If the bound is NaN or infinite, because
+    /// the input is or because its squares are, the responses become NaN.
+    fn scale_and_unit(&self, bound: f32, limit: f32) -> (f32, f32) {
+        if bound == 0.0 {
+            return (0.0, 0.0);
+        }
+        if !bound.is_finite() {
+            return (0.0, f32::NAN);
+        }
+        let rounding = 0.5 + 0.25 * (self.pq.subvector_dim as f32).sqrt();
+        let greatest = 32_766.0 - MAX_TERMS as f32 * rounding;
+        // A smaller scale is always possible; this one keeps all factors normal.
+        let scale = (greatest / bound).min(limit).min(1e25);
+        (scale, 1.0 / scale)
     }
 
     fn look_up(&self, strip: usize, work: LookUp<'_>) {
@@ -787,50 +913,89 @@ impl<S: Simd> RowsConv<S> {
     }
 }
 
-/// The factor from float32 to 16-bit values whose sums are within `bound`, and
-/// the one back.
-///
-/// Without any signal both are 0. If the bound is NaN or infinite, because the
-/// input is or because its squares are, the responses become NaN.
-fn scale_and_unit(bound: f32) -> (f32, f32) {
-    if bound == 0.0 {
-        return (0.0, 0.0);
-    }
-    if !bound.is_finite() {
-        return (0.0, f32::NAN);
-    }
-    // A smaller scale is always possible; this one keeps both factors normal.
-    let scale = ((i16::MAX as usize - MAX_TERMS) as f32 / bound).min(1e30);
-    (scale, 1.0 / scale)
+/// The greater value, or NaN if either is NaN.
+#[inline(always)]
+fn greater(a: f32, b: f32) -> f32 {
+    if b > a || b.is_nan() { b } else { a }
 }
 
-/// Add the squares of a plane.
+/// Add the squares of a plane; the greatest magnitude of its values that are
+/// not NaN.
 struct AddSquares<'a> {
     plane: &'a [f32],
     squares: &'a mut [f32],
 }
 
 impl Task for AddSquares<'_> {
-    type Output = ();
+    type Output = f32;
 
     #[inline(always)]
-    fn run<S: Simd>(self, _: S) {
-        for (square, x) in self.squares.iter_mut().zip(self.plane) {
-            *square += x * x;
+    fn run<S: Simd>(self, _: S) -> f32 {
+        let mut peaks = [0.0f32; MAX_LANES];
+        let squares = self.squares.chunks_exact_mut(S::LANES);
+        for (squares, plane) in squares.zip(self.plane.chunks_exact(S::LANES)) {
+            for ((square, x), peak) in squares.iter_mut().zip(plane).zip(&mut peaks) {
+                *square += x * x;
+                *peak = if x.abs() > *peak { x.abs() } else { *peak };
+            }
         }
+        peaks.into_iter().fold(0.0, f32::max)
     }
 }
 
-/// Multiply by a scale.
-struct Scale<'a>(&'a mut [f32], f32);
+/// Make integers of planes, as pairs of channels.
+struct PackPlanes<'a> {
+    /// `(depth, plane_len)`
+    planes: &'a [f32],
+    plane_len: usize,
+    depth: usize,
+    scale: f32,
+    /// Vectors of a plane.
+    vectors: usize,
+    /// `(pairs of channels, vectors, 2)`: even, then odd lanes.
+    pairs: &'a mut [i16],
+}
 
-impl Task for Scale<'_> {
+impl Task for PackPlanes<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, _: S) {
-        for x in self.0 {
-            *x *= self.1;
+    fn run<S: Simd>(self, simd: S) {
+        let lanes = lanes::<S>();
+        let scale = simd.splat(self.scale);
+        let zero = simd.splat(0.0);
+        assert!(self.planes.len() >= self.depth * self.plane_len);
+        assert!(self.plane_len >= self.vectors * lanes);
+        assert!(self.pairs.len() >= self.depth.div_ceil(2) * self.vectors * 2 * lanes);
+        for pair in 0..self.depth.div_ceil(2) {
+            for vector in 0..self.vectors {
+                let mut rounded = [simd.zero_i16(); 2];
+                for i in 0..2 {
+                    let channel = 2 * pair + i;
+                    if channel < self.depth {
+                        // SAFETY: there are `depth` planes of at least `vectors`
+                        // vectors, as asserted.
+                        unsafe {
+                            let plane = self.planes.as_ptr().add(channel * self.plane_len);
+                            let source = plane.add(vector * lanes);
+                            let low = simd.mul_add(simd.load(source), scale, zero);
+                            let high = simd.load(source.add(S::LANES));
+                            let high = simd.mul_add(high, scale, zero);
+                            rounded[i] = simd.round_i16(low, high);
+                        }
+                    }
+                }
+                let zipped = simd.zip_i16(rounded[0], rounded[1]);
+                let at = (pair * self.vectors + vector) * 2 * lanes;
+                for i in 0..2 {
+                    // SAFETY: `pairs` holds two vectors for each vector of each
+                    // pair, as asserted.
+                    unsafe {
+                        let target = self.pairs.as_mut_ptr().add(at + i * lanes);
+                        simd.store_i16(target, zipped[i]);
+                    }
+                }
+            }
         }
     }
 }
@@ -885,10 +1050,7 @@ impl<K: Simd> Task for Bound<'_, K> {
             if pass.end {
                 for part in self.bounds.chunks_exact(kernel.cut.part_lanes) {
                     for &bound in &part[..kernel.cut.width] {
-                        // NaN is the greatest.
-                        if bound > greatest || bound.is_nan() {
-                            greatest = bound;
-                        }
+                        greatest = greater(greatest, bound);
                     }
                 }
             }
@@ -901,16 +1063,16 @@ impl<K: Simd> Task for Bound<'_, K> {
 /// Most lanes of a vector of 16-bit integers on any level.
 const MAX_LANES: usize = 32;
 
-/// Inner products of the codewords of a subspace with its planes, rounded.
+/// Inner products of the codewords of a subspace with its planes, divided by
+/// 2^16 and rounded.
 struct BuildTable<'a> {
-    /// Panels of `tile_rows` codewords, each `(dim, tile_rows)`.
-    codewords: &'a [f32],
-    dim: usize,
-    /// Planes, of which the last subspace may have fewer than `dim`.
+    /// Panels of `panel_rows` codewords, each `(panel_pairs, panel_rows)`.
+    codewords: &'a [i32],
+    panel_pairs: usize,
+    /// Pairs of channels, of which the last subspace may have fewer.
     depth: usize,
-    /// `(depth, plane_len)`
-    planes: &'a [f32],
-    plane_len: usize,
+    /// See [`PackPlanes`].
+    planes: &'a [i16],
     /// Vectors of a plane.
     vectors: usize,
     /// `(codewords, row_len)`
@@ -923,10 +1085,10 @@ impl Task for BuildTable<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        if tile_rows::<S>() == 12 {
+        if panel_rows::<S>() == 12 {
             self.panels::<S, 12>(simd);
         } else {
-            self.panels::<S, 6>(simd);
+            self.panels::<S, 4>(simd);
         }
     }
 }
@@ -934,34 +1096,37 @@ impl Task for BuildTable<'_> {
 impl BuildTable<'_> {
     #[inline(always)]
     fn panels<S: Simd, const R: usize>(self, simd: S) {
-        let panel_len = R * self.dim;
+        let lanes = lanes::<S>();
+        let panel_len = R * self.panel_pairs;
         let panels = self.codewords.len() / panel_len;
-        let len = self.vectors * lanes::<S>();
-        assert!(self.depth <= self.dim && len <= self.plane_len && len <= self.row_len);
-        assert!(self.planes.len() >= self.depth * self.plane_len);
+        assert!(self.depth <= self.panel_pairs && self.vectors * lanes <= self.row_len);
+        assert!(self.planes.len() >= self.depth * self.vectors * 2 * lanes);
         assert!(self.table.len() >= panels * R * self.row_len);
-        for column in (0..len).step_by(lanes::<S>()) {
+        for vector in 0..self.vectors {
             for panel in 0..panels {
-                // SAFETY: the 2 vectors of float32, 1 of 16 bits, at `column` lie
-                // within a plane and a row. There are `depth` planes, R rows of
-                // the table for each of the panels, and each panel has R values
-                // for `dim` >= `depth` planes, as asserted.
+                // Half a unit, so that cutting bits off rounds.
+                let mut products = [[simd.splat_i32(1 << 15); 2]; R];
+                // SAFETY: there are `depth` planes of `vectors` times 2 vectors, R
+                // rows of the table, each of at least `vectors` vectors, for each
+                // of the panels, and each panel has R pairs for `panel_pairs` >=
+                // `depth` planes, as asserted.
                 unsafe {
                     let codewords = self.codewords.as_ptr().add(panel * panel_len);
-                    let planes = self.planes.as_ptr().add(column);
-                    let products = tile::<S, R, 2>(
-                        simd,
-                        self.depth,
-                        |j, i| *codewords.add(j * R + i),
-                        |j| planes.add(j * self.plane_len),
-                        [[simd.splat(0.0); 2]; R],
-                    );
-                    let table = self
-                        .table
-                        .as_mut_ptr()
-                        .add(panel * R * self.row_len + column);
+                    for pair in 0..self.depth {
+                        let at = (pair * self.vectors + vector) * 2 * lanes;
+                        let source = self.planes.as_ptr().add(at);
+                        let inputs = [simd.load_i16(source), simd.load_i16(source.add(lanes))];
+                        for i in 0..R {
+                            let codeword = simd.splat_pair(*codewords.add(pair * R + i));
+                            for v in 0..2 {
+                                products[i][v] = simd.dot_i16(inputs[v], codeword, products[i][v]);
+                            }
+                        }
+                    }
+                    let at = panel * R * self.row_len + vector * lanes;
+                    let table = self.table.as_mut_ptr().add(at);
                     for i in 0..R {
-                        let entries = simd.round_i16(products[i][0], products[i][1]);
+                        let entries = simd.upper_halves(products[i][0], products[i][1]);
                         simd.store_i16(table.add(i * self.row_len), entries);
                     }
                 }
@@ -1024,7 +1189,8 @@ impl<const C: usize, const O: usize, const V: usize> Task for Strip<'_, C, O, V>
         let lanes = lanes::<S>();
         let n_offsets = n_tables * steps * C * O;
         let blocks = sums.len() / (O * V * lanes);
-        assert!(columns.len() == C && partial.len() == sums.len());
+        let columns: [usize; C] = columns.try_into().expect("as the caller chose C");
+        assert!(partial.len() == sums.len());
         assert!(offsets.len() >= blocks * n_offsets);
         for block in 0..blocks {
             let partial = &mut partial[block * O * V * lanes..][..O * V * lanes];
@@ -1044,7 +1210,9 @@ impl<const C: usize, const O: usize, const V: usize> Task for Strip<'_, C, O, V>
                     for _ in 0..steps {
                         for c in 0..C {
                             for o in 0..O {
-                                let bytes = usize::from(*offset) * OFFSET_BYTES;
+                                // Volatile, or the compiler loads several into a
+                                // vector, only to take them apart.
+                                let bytes = usize::from(offset.read_volatile()) * OFFSET_BYTES;
                                 offset = offset.add(1);
                                 let source = table.byte_add(bytes);
                                 for v in 0..V {
@@ -1055,29 +1223,42 @@ impl<const C: usize, const O: usize, const V: usize> Task for Strip<'_, C, O, V>
                         }
                     }
                 }
-                for o in 0..O {
-                    for v in 0..V {
-                        let mut sum = registers[0][o][v];
-                        for c in 1..C {
+                let mut sum = registers[0];
+                for c in 1..C {
+                    for o in 0..O {
+                        for v in 0..V {
                             let shifted = simd.shift_i16(registers[c][o][v], columns[c]);
-                            sum = simd.add_i16(sum, shifted);
+                            sum[o][v] = simd.add_i16(sum[o][v], shifted);
                         }
-                        let at = (o * V + v) * lanes;
-                        let partial = partial.as_mut_ptr().add(at);
-                        if !start {
-                            sum = simd.add_i16(sum, simd.load_i16(partial));
+                    }
+                }
+                let partial = partial.as_mut_ptr();
+                if !start {
+                    for o in 0..O {
+                        for v in 0..V {
+                            let before = simd.load_i16(partial.add((o * V + v) * lanes));
+                            sum[o][v] = simd.add_i16(sum[o][v], before);
                         }
-                        let Some(end) = end else {
-                            simd.store_i16(partial, sum);
-                            continue;
-                        };
-                        let unit = simd.splat(end.unit);
-                        let target = sums.as_mut_ptr().add(at);
-                        let halves = simd.widen_i16(sum);
+                    }
+                }
+                let Some(end) = end else {
+                    for o in 0..O {
+                        for v in 0..V {
+                            simd.store_i16(partial.add((o * V + v) * lanes), sum[o][v]);
+                        }
+                    }
+                    continue;
+                };
+                let unit = simd.splat(end.unit);
+                for o in 0..O {
+                    let bias = end.bias.map(|bias| bias[block * O + o]);
+                    for v in 0..V {
+                        let halves = simd.widen_i16(sum[o][v]);
                         for half in 0..2 {
-                            let target = target.add(half * S::LANES);
-                            let before = match end.bias {
-                                Some(bias) => simd.splat(bias[block * O + o]),
+                            let at = (2 * (o * V + v) + half) * S::LANES;
+                            let target = sums.as_mut_ptr().add(at);
+                            let before = match bias {
+                                Some(bias) => simd.splat(bias),
                                 None => simd.load(target),
                             };
                             simd.store(target, simd.mul_add(halves[half], unit, before));

@@ -2,6 +2,7 @@
 
 use proptest::prelude::*;
 
+use super::permute::chunk_len;
 use super::{Candidate, ConvLayer, FcLayer, Kernel, Weights, scalar};
 use super::{conv_kernels, conv_kernels_of, fc_kernels, fc_kernels_of};
 use crate::geometry::ConvGeometry;
@@ -25,6 +26,11 @@ impl Random {
     /// In -1..1.
     fn float(&mut self) -> f32 {
         (self.next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    }
+
+    /// Nearly: the sum of as many uniform numbers as give a variance of 1.
+    fn gaussian(&mut self) -> f32 {
+        (0..3).map(|_| self.float()).sum()
     }
 
     fn floats(&mut self, n: usize) -> Vec<f32> {
@@ -163,7 +169,9 @@ impl Expected {
                 tolerance(i)
             ));
         }
-        // Alone, an image gives the same bits as in the batch.
+        // Alone, an image gives the same bits as in the batch, whatever large
+        // numbers the scratch holds.
+        scratch.fill(1e30);
         for image in 0..n {
             let input = &input[image * (input.len() / n)..][..input.len() / n];
             let mut alone = vec![f32::NAN; output.len() / n];
@@ -590,6 +598,173 @@ fn fc_codebook_sizes() {
         }
     }
     report(&failures);
+}
+
+#[test]
+fn fc_blocks() {
+    // More outputs and subspaces than one block of any kernel holds.
+    let mut failures = Vec::new();
+    for pq in [pq(16, 1), pq(32, 4), pq(64, 2)] {
+        for (inputs, outputs) in [(101, 513), (211, 385), (450, 1100)] {
+            let case = FcCase {
+                n: 3,
+                inputs,
+                outputs,
+                bias: true,
+                pq,
+            };
+            failures.extend(case.check().err());
+        }
+    }
+    report(&failures);
+}
+
+/// A fully connected layer of Gaussian codewords, and its decoded weights.
+fn gaussian_fc(
+    inputs: usize,
+    outputs: usize,
+    [n_centroids, subvector_dim]: [usize; 2],
+    bias: bool,
+) -> (Parameters, Vec<f32>) {
+    let mut random = Random(3);
+    let pq = pq(n_centroids, subvector_dim);
+    let mut parameters = Parameters::new(&mut random, [outputs, inputs, 1, 1], pq, bias);
+    parameters.floats.fill_with(|| random.gaussian());
+    let layer = FcLayer {
+        in_features: inputs,
+        out_features: outputs,
+        weights: parameters.weights(),
+        bias: None,
+    };
+    let decoded = layer.decode();
+    (parameters, decoded)
+}
+
+/// The responses of every kernel with 16-bit tables to one image.
+fn permuted(parameters: &Parameters, outputs: usize, input: &[f32]) -> Vec<(String, Vec<f32>)> {
+    let layer = FcLayer {
+        in_features: input.len(),
+        out_features: outputs,
+        weights: parameters.weights(),
+        bias: parameters.bias.as_deref(),
+    };
+    let kernels = all_fc_kernels(&layer)
+        .into_iter()
+        .map(|kernel| kernel.build());
+    let responses: Vec<_> = kernels
+        .filter(|kernel| kernel.name().ends_with("-i16-permute"))
+        .map(|kernel| {
+            let mut output = vec![f32::NAN; outputs];
+            let mut scratch = vec![f32::NAN; kernel.scratch_len(1)];
+            kernel.run(1, input, &mut output, &mut scratch);
+            (kernel.name().to_owned(), output)
+        })
+        .collect();
+    assert!(!responses.is_empty());
+    responses
+}
+
+/// `<weights, input> + bias` in float64.
+fn responses(decoded: &[f32], bias: Option<&[f32]>, input: &[f32]) -> Vec<f64> {
+    let rows = decoded.chunks_exact(input.len()).enumerate();
+    rows.map(|(o, row)| dot(row, input) + bias.map_or(0.0, |bias| f64::from(bias[o])))
+        .collect()
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f64 {
+    let products = a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b));
+    products.sum()
+}
+
+fn norm(values: &[f32]) -> f64 {
+    dot(values, values).sqrt()
+}
+
+#[test]
+fn fc_16_bit_errors_are_bounded() {
+    for [n_centroids, dim] in [[16, 1], [32, 4], [50, 3]] {
+        let (inputs, outputs) = (dim * 150 - dim / 2, 200);
+        let (parameters, decoded) = gaussian_fc(inputs, outputs, [n_centroids, dim], true);
+        let mut random = Random(4);
+        let relu: Vec<f32> = (0..inputs).map(|_| random.gaussian().max(0.0)).collect();
+        // The greatest response there can be: if the bound that the scale comes
+        // from were not one, here the sums would overflow.
+        let greatest = (0..outputs).map(|o| &decoded[o * inputs..][..inputs]);
+        let greatest = greatest.max_by(|a, b| norm(a).total_cmp(&norm(b))).unwrap();
+        for input in [&relu, greatest] {
+            // In every chunk, half a step of rounding for each of its terms. On
+            // top, twice as much as the scale leaves room for, and the float32
+            // sum of chunks.
+            let len = chunk_len(dim);
+            let bound: f64 = (0..inputs)
+                .step_by(len * dim)
+                .map(|first| {
+                    let channels = first..(first + len * dim).min(inputs);
+                    let weights = decoded.chunks_exact(inputs);
+                    let greatest = weights.map(|row| norm(&row[channels.clone()]));
+                    let bound = norm(&input[channels.clone()]) * greatest.fold(0.0, f64::max);
+                    let half_steps = channels.len().div_ceil(dim) as f64 / 2.0;
+                    bound * (half_steps / (32767.0 - half_steps) + 2e-5)
+                })
+                .sum();
+            let expected = responses(&decoded, parameters.bias.as_deref(), input);
+            for (name, output) in permuted(&parameters, outputs, input) {
+                for (y, expected) in output.iter().zip(&expected) {
+                    let error = (f64::from(*y) - expected).abs();
+                    assert!(
+                        error <= bound,
+                        "{name}: {y}, expected {expected} +- {bound}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn fc_16_bit_errors_are_small() {
+    for pq in [[16, 1], [32, 4], [64, 8]] {
+        let (inputs, outputs) = (1024, 500);
+        let (parameters, decoded) = gaussian_fc(inputs, outputs, pq, false);
+        let mut random = Random(5);
+        for sparsity in [-10.0, 0.0, 1.0] {
+            let input: Vec<f32> = (0..inputs)
+                .map(|_| (random.gaussian() - sparsity).max(0.0))
+                .collect();
+            // Neither tiny nor huge inputs lose anything.
+            for unit in [1e-30, 1.0, 1e25] {
+                let input: Vec<f32> = input.iter().map(|x| x * unit).collect();
+                let expected = responses(&decoded, None, &input);
+                for (name, output) in permuted(&parameters, outputs, &input) {
+                    let squares = output.iter().zip(&expected);
+                    let error: f64 = squares.map(|(y, e)| (f64::from(*y) - e).powi(2)).sum();
+                    let whole: f64 = expected.iter().map(|e| e * e).sum();
+                    let relative = (error / whole).sqrt();
+                    assert!(
+                        relative < 2e-3,
+                        "{name} {pq:?} {sparsity} {unit}: {relative}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn fc_16_bit_special_inputs() {
+    let (parameters, _) = gaussian_fc(300, 70, [32, 4], true);
+    let mut input = vec![0.0; 300];
+    for (name, output) in permuted(&parameters, 70, &input) {
+        assert_eq!(Some(&output), parameters.bias.as_ref(), "{name}");
+    }
+    input.fill(0.5);
+    for special in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        input[123] = special;
+        for (name, output) in permuted(&parameters, 70, &input) {
+            let finite = output.iter().any(|y| y.is_finite());
+            assert!(!finite, "{name} {special}: {output:?}");
+        }
+    }
 }
 
 #[test]

@@ -246,7 +246,7 @@ impl<S: Simd> WordsFc<S> {
 }
 
 /// Codebooks `(M, K, C')` as `(M, C', table_len)`.
-fn transpose_codebooks(pq: PqGeometry, codebooks: &[f32], table_len: usize) -> Vec<f32> {
+pub(super) fn transpose_codebooks(pq: PqGeometry, codebooks: &[f32], table_len: usize) -> Vec<f32> {
     let dim = pq.subvector_dim;
     let mut transposed = vec![0.0; pq.n_subspaces * dim * table_len];
     let pairs = transposed
