@@ -139,3 +139,41 @@ def test_unknown_isa_in_the_environment(model: Model, tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "ConfigError" in done.stderr
     assert "QCNN_ISA" in done.stderr
+
+
+PEAK_SCRIPT = """
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import qcnn_py
+
+def peak():
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+
+before = peak()
+model = qcnn_py.load(sys.argv[1])
+model(np.zeros((1, *model.input_shape[1:]), np.float32))
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_loading_takes_little_memory(tmp_path: Path) -> None:
+    builder = NetworkBuilder((4096,))
+    for number in range(4):
+        builder.fc(4096, name=f"fc{number}", quantized=Quantized(32, 4))
+    path = tmp_path / "model.qcnn"
+    builder.build().save(path)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK_SCRIPT, str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    # The file, one unpacked layer, all packed ones: 3.5 times the file. All codes
+    # unpacked at once, or arrays of them in Python, are far more.
+    assert int(done.stdout) < 4.5 * path.stat().st_size

@@ -15,6 +15,7 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::io::Write;
 use std::path::Path;
+use std::sync::Arc;
 
 use safetensors::{Dtype, SafeTensors, View};
 use serde::{Deserialize, Serialize};
@@ -23,7 +24,7 @@ use crate::error::{Error, Result, bail_format};
 use crate::graph::{
     Geometry, Graph, Layout, Network, PqGeometry, Tensor, TensorData, TensorSpec, Tensors,
 };
-use crate::pack::{pack, packed_len};
+use crate::pack::{SharedBytes, pack, packed_len};
 
 /// Version of the format this crate reads and writes.
 pub const FORMAT_VERSION: u32 = 1;
@@ -57,7 +58,7 @@ pub fn read(path: &Path) -> Result<Network> {
         bail_format!("{}: not a regular file", path.display());
     }
     let bytes = std::fs::read(path).map_err(&at_path)?;
-    from_bytes(&bytes).map_err(|e| match e {
+    from_buffer(&Arc::new(bytes)).map_err(|e| match e {
         Error::Format(m) => Error::Format(format!("{}: {m}", path.display())),
         Error::Shape(m) => Error::Shape(format!("{}: {m}", path.display())),
         other => other,
@@ -85,10 +86,17 @@ pub fn write(path: &Path, network: &Network) -> Result<()> {
 
 /// Parse the bytes of a `.qcnn` file.
 pub fn from_bytes(bytes: &[u8]) -> Result<Network> {
+    from_buffer(&Arc::new(bytes.to_vec()))
+}
+
+/// Parse the bytes of a `.qcnn` file. Codes stay in them; the buffer lives as
+/// long as the network.
+fn from_buffer(buffer: &Arc<Vec<u8>>) -> Result<Network> {
+    let bytes = buffer.as_slice();
     let refused = |e: safetensors::SafeTensorError| {
         Error::Format(format!("not a valid safetensors file: {e}"))
     };
-    let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(refused)?;
+    let (header_len, metadata) = SafeTensors::read_metadata(bytes).map_err(refused)?;
     let Some(header) = metadata
         .metadata()
         .as_ref()
@@ -120,7 +128,13 @@ pub fn from_bytes(bytes: &[u8]) -> Result<Network> {
                 on_disk.shape
             );
         }
-        let data = on_disk.decode(view.data());
+        let Some(info) = metadata.info(name) else {
+            bail_format!("tensor {name:?} is missing in the header");
+        };
+        let start = size_of::<u64>() + header_len;
+        let (first, end) = info.data_offsets;
+        let bytes = SharedBytes::new(Arc::clone(buffer), start + first..start + end);
+        let data = on_disk.decode(bytes);
         let shape = spec.shape.clone();
         tensors.insert(name.to_owned(), Tensor { shape, data });
     }
@@ -203,14 +217,14 @@ impl OnDisk {
     }
 
     /// `bytes` has the length that `dtype` and `shape` imply.
-    fn decode(&self, bytes: &[u8]) -> TensorData {
+    fn decode(&self, bytes: SharedBytes) -> TensorData {
         let floats = || -> Vec<f32> {
             let (chunks, _) = bytes.as_chunks::<4>();
             chunks.iter().map(|b| f32::from_le_bytes(*b)).collect()
         };
         match self.encoding {
             Encoding::Floats => TensorData::F32(floats()),
-            Encoding::Codes { .. } => TensorData::PackedCodes(bytes.to_vec()),
+            Encoding::Codes { .. } => TensorData::PackedCodes(bytes),
             Encoding::Codebooks { pq, channels } => {
                 let stored = floats();
                 let mut books =
@@ -342,7 +356,7 @@ mod tests {
                 // They stay packed.
                 TensorData::Codes(codes) => {
                     let node = name.strip_suffix(".codes").unwrap();
-                    assert_eq!(again.codes(node).unwrap(), codes.as_slice());
+                    assert_eq!(again.codes(node, &mut Vec::new()).unwrap(), codes);
                 }
                 _ => assert_eq!(again.tensors()[name], *tensor),
             }

@@ -4,14 +4,13 @@
 //! it once (names, order, shapes, tensors, codes), after which every other
 //! module may rely on what it holds.
 
-use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Result, bail_format, bail_shape};
 use crate::geometry::{ConvGeometry, PoolGeometry, checked_product};
-use crate::pack::{check_packed, unpack};
+use crate::pack::{SharedBytes, check_packed, unpack};
 
 /// Largest codebook: codes are at most 16 bits wide.
 pub const MAX_CENTROIDS: usize = 1 << 16;
@@ -160,7 +159,7 @@ pub enum TensorData {
     Codes(Vec<u16>),
     /// The same as a bit stream, see [`crate::pack`]: less than half the memory,
     /// unpacked a layer at a time where they are needed.
-    PackedCodes(Vec<u8>),
+    PackedCodes(SharedBytes),
 }
 
 /// A tensor with its shape.
@@ -667,16 +666,20 @@ impl Network {
         }
     }
 
-    /// The codes of a product-quantised node, unpacked if necessary.
-    pub fn codes(&self, node: &str) -> Option<Cow<'_, [u16]>> {
+    /// The codes of a product-quantised node, unpacked to `buffer` if necessary.
+    ///
+    /// One buffer for all layers is much faster than a new one for each: most of
+    /// the time would go into fresh pages.
+    pub fn codes<'a>(&'a self, node: &str, buffer: &'a mut Vec<u16>) -> Option<&'a [u16]> {
         let name = format!("{node}.codes");
         let spec = self.layout.tensors.get(&name)?;
         let pq = spec.codes?;
         match &self.tensors[&name].data {
-            TensorData::Codes(codes) => Some(Cow::Borrowed(codes)),
+            TensorData::Codes(codes) => Some(codes),
             TensorData::PackedCodes(bytes) => {
                 let n = spec.shape.iter().product();
-                Some(Cow::Owned(unpack(bytes, n, pq.code_bits())))
+                unpack(bytes, n, pq.code_bits(), buffer);
+                Some(buffer)
             }
             TensorData::F32(_) => None,
         }
@@ -717,7 +720,9 @@ fn check_tensor(name: &str, spec: &TensorSpec, tensor: &Tensor) -> Result<()> {
             let problem = if pq.n_centroids == 1 << bits {
                 None
             } else {
-                too_large(&unpack(bytes, elements, bits), pq)
+                let mut codes = Vec::new();
+                unpack(bytes, elements, bits, &mut codes);
+                too_large(&codes, pq)
             };
             (elements, problem)
         }

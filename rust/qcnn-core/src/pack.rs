@@ -4,7 +4,40 @@
 //! `j` of the stream is bit `j % 8` of byte `j / 8`. Unused bits of the last
 //! byte are zero.
 
+use std::ops::{Deref, Range};
+use std::sync::Arc;
+
 use crate::error::{Result, bail_format};
+
+/// A part of a buffer that others share, such as the codes of one layer in the
+/// bytes of a file.
+#[derive(Clone, Debug)]
+pub struct SharedBytes {
+    buffer: Arc<Vec<u8>>,
+    range: Range<usize>,
+}
+
+impl SharedBytes {
+    /// The bytes `range` of `buffer`, which has to have them.
+    pub fn new(buffer: Arc<Vec<u8>>, range: Range<usize>) -> Self {
+        assert!(range.start <= range.end && range.end <= buffer.len());
+        Self { buffer, range }
+    }
+}
+
+impl Deref for SharedBytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.buffer[self.range.clone()]
+    }
+}
+
+impl PartialEq for SharedBytes {
+    fn eq(&self, other: &Self) -> bool {
+        **self == **other
+    }
+}
 
 /// Bytes that `n` codes of `bits` bits take.
 pub fn packed_len(n: usize, bits: u32) -> usize {
@@ -55,18 +88,55 @@ pub fn check_packed(what: &str, bytes: &[u8], n: usize, bits: u32) -> Result<()>
     Ok(())
 }
 
-/// Unpack `n` codes of `bits` bits (1 to 16), which [`check_packed`] has passed.
-pub fn unpack(bytes: &[u8], n: usize, bits: u32) -> Vec<u16> {
-    let mut codes = Vec::with_capacity(n.next_multiple_of(8));
-    // Eight codes start and end at byte boundaries.
-    for chunk in bytes.chunks(bits as usize) {
-        let mut eight = [0; 16];
-        eight[..chunk.len()].copy_from_slice(chunk);
-        let eight = u128::from_le_bytes(eight);
-        codes.extend((0..8).map(|i| (eight >> (i * bits)) as u16 & (((1u32 << bits) - 1) as u16)));
+/// Unpack `n` codes of `bits` bits (1 to 16), which [`check_packed`] has passed,
+/// in place of what `codes` holds.
+pub fn unpack(bytes: &[u8], n: usize, bits: u32, codes: &mut Vec<u16>) {
+    codes.resize(n.next_multiple_of(8), 0);
+    match bits {
+        1 => unpack_bits::<1>(bytes, codes),
+        2 => unpack_bits::<2>(bytes, codes),
+        3 => unpack_bits::<3>(bytes, codes),
+        4 => unpack_bits::<4>(bytes, codes),
+        5 => unpack_bits::<5>(bytes, codes),
+        6 => unpack_bits::<6>(bytes, codes),
+        7 => unpack_bits::<7>(bytes, codes),
+        8 => unpack_bits::<8>(bytes, codes),
+        9 => unpack_bits::<9>(bytes, codes),
+        10 => unpack_bits::<10>(bytes, codes),
+        11 => unpack_bits::<11>(bytes, codes),
+        12 => unpack_bits::<12>(bytes, codes),
+        13 => unpack_bits::<13>(bytes, codes),
+        14 => unpack_bits::<14>(bytes, codes),
+        15 => unpack_bits::<15>(bytes, codes),
+        _ => unpack_bits::<16>(bytes, codes),
     }
     codes.truncate(n);
-    codes
+}
+
+/// [`unpack`] for a constant number of bits, eight codes at a time: they start
+/// and end at byte boundaries.
+fn unpack_bits<const BITS: usize>(bytes: &[u8], codes: &mut [u16]) {
+    let (eights, last) = bytes.as_chunks::<BITS>();
+    let (targets, _) = codes.as_chunks_mut::<8>();
+    let mut targets = targets.iter_mut();
+    let mut unpack_eight = |bytes: &[u8; BITS]| {
+        let Some(target) = targets.next() else {
+            return;
+        };
+        for (i, code) in target.iter_mut().enumerate() {
+            // A code lies within three bytes.
+            let (byte, bit) = (i * BITS / 8, i * BITS % 8);
+            let at = |i: usize| u32::from(bytes.get(byte + i).copied().unwrap_or(0));
+            let three = at(0) | at(1) << 8 | at(2) << 16;
+            *code = (three >> bit) as u16 & (u16::MAX >> (16 - BITS));
+        }
+    };
+    eights.iter().for_each(&mut unpack_eight);
+    if !last.is_empty() {
+        let mut padded = [0; BITS];
+        padded[..last.len()].copy_from_slice(last);
+        unpack_eight(&padded);
+    }
 }
 
 #[cfg(test)]
@@ -97,7 +167,10 @@ mod tests {
             let bytes = pack(&codes, bits);
             prop_assert_eq!(bytes.len(), packed_len(codes.len(), bits));
             prop_assert!(check_packed("x", &bytes, codes.len(), bits).is_ok());
-            prop_assert_eq!(unpack(&bytes, codes.len(), bits), codes);
+            // Longer or shorter than the result.
+            let mut unpacked = vec![1; 100];
+            unpack(&bytes, codes.len(), bits, &mut unpacked);
+            prop_assert_eq!(unpacked, codes);
         }
     }
 }

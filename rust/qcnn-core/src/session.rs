@@ -129,11 +129,15 @@ impl Session {
         };
         let level = isa.level().expect("the level was just checked");
         let graph = network.graph();
+        // Unpacked codes of one layer at a time.
+        let mut codes = Vec::new();
         let actions = graph
             .nodes
             .iter()
             .zip(&network.layout().geometries)
-            .map(|(node, geometry)| plan_action(network, node, geometry, isa, options.precision))
+            .map(|(node, geometry)| {
+                plan_action(network, node, geometry, isa, options.precision, &mut codes)
+            })
             .collect::<Result<Vec<_>>>()?;
         let plan = BufferPlan::new(network, &actions);
         let operand = |name: &String| Operand {
@@ -329,26 +333,26 @@ impl Session {
     }
 }
 
-/// Choose the action of `node` and pack its weights.
+/// Choose the action of `node` and pack its weights. `codes` may hold anything.
 fn plan_action(
     network: &Network,
     node: &Node,
     geometry: &Geometry,
     isa: Isa,
     precision: Precision,
+    codes: &mut Vec<u16>,
 ) -> Result<Action> {
     // Channels and pixels; a vector of features is one pixel.
     let shape = network.shape(&node.inputs[0]);
     let (channels, pixels) = (shape[0], shape[1..].iter().product());
     let parameter = |suffix: &str| network.floats(&node.name, suffix);
-    // Unpacked for as long as this layer is planned.
-    let codes = network.codes(&node.name);
+    let codes = network.codes(&node.name, codes);
     let weights = |pq: &Option<PqGeometry>| match *pq {
         None => Weights::Dense(parameter("weight").expect("checked by Network::new")),
         Some(geometry) => Weights::ProductQuantized {
             geometry,
             codebooks: parameter("codebooks").expect("checked by Network::new"),
-            codes: codes.as_deref().expect("checked by Network::new"),
+            codes: codes.expect("checked by Network::new"),
         },
     };
     Ok(match (&node.op, geometry) {

@@ -144,12 +144,13 @@ impl PyNetwork {
     /// Copies of all tensors, codes unpacked.
     fn tensors<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let tensors = PyDict::new(py);
+        let mut buffer = Vec::new();
         for (name, tensor) in self.network.tensors() {
             let array = if let TensorData::F32(floats) = &tensor.data {
                 floats.to_pyarray(py).into_any()
             } else {
                 let node = name.strip_suffix(".codes").unwrap_or(name);
-                let codes = self.network.codes(node).unwrap_or_default();
+                let codes = self.network.codes(node, &mut buffer).unwrap_or_default();
                 let spec = self.network.layout().tensors[name].codes;
                 if spec.is_some_and(|pq| pq.n_centroids <= 256) {
                     let narrow: Vec<u8> = codes.iter().map(|&c| c as u8).collect();

@@ -195,16 +195,28 @@ impl<S: Simd> PermuteFc<S> {
                 let start = (chunk.start * self.n_vectors + first * chunk.len()) * lanes;
                 let squares = &squares[chunk.start * pq.n_centroids..];
                 let packed = &mut packed[start..][..width * chunk.len() * lanes];
-                for (o, row) in rows.chunks_exact(pq.n_subspaces).enumerate() {
-                    let lane = o / columns * lanes + o % lanes;
-                    let shift = (o / lanes % lane_codes(self.bits)) as u32 * self.bits;
-                    let mut square = 0.0;
-                    for (i, &code) in row[chunk.clone()].iter().enumerate() {
-                        let code = usize::from(code);
-                        assert!(code < pq.n_centroids);
-                        square += squares[i * pq.n_centroids + code];
-                        packed[i * width * lanes + lane] |= (code << shift) as i16;
-                    }
+                // The sums of neighbouring outputs do not wait for each other;
+                // eight lie within a vector of every level.
+                let eights = rows.chunks_exact(8 * pq.n_subspaces);
+                let n_eights = eights.len();
+                let rest = eights.remainder().chunks_exact(pq.n_subspaces);
+                let position = |o: usize| {
+                    let part = o / lanes % lane_codes(self.bits);
+                    (o / columns * lanes + o % lanes, part as u32 * self.bits)
+                };
+                for (i, rows) in eights.enumerate() {
+                    let (lane, shift) = position(8 * i);
+                    let rows: [_; 8] =
+                        std::array::from_fn(|j| &rows[j * pq.n_subspaces..][chunk.clone()]);
+                    let packed = &mut packed[lane..];
+                    let square = pack_rows(rows, squares, pq, packed, width * lanes, shift);
+                    *greatest = greatest.max(square);
+                }
+                for (i, row) in rest.enumerate() {
+                    let (lane, shift) = position(8 * n_eights + i);
+                    let rows = [&row[chunk.clone()]];
+                    let packed = &mut packed[lane..];
+                    let square = pack_rows(rows, squares, pq, packed, width * lanes, shift);
                     *greatest = greatest.max(square);
                 }
             }
@@ -224,6 +236,30 @@ impl<S: Simd> PermuteFc<S> {
     fn tables_len(&self) -> usize {
         chunk_len(self.subvector_dim) * table_len(self.bits) / 2
     }
+}
+
+/// Add the codes of neighbouring outputs, `shift` bits up, to lanes `stride`
+/// apart for each subspace. Returns the greatest sum of the squares of their
+/// codewords, given `(subspaces, K)`.
+fn pack_rows<const N: usize>(
+    rows: [&[u16]; N],
+    squares: &[f64],
+    pq: PqGeometry,
+    packed: &mut [i16],
+    stride: usize,
+    shift: u32,
+) -> f64 {
+    let mut sums = [0.0; N];
+    for i in 0..rows[0].len() {
+        let squares = &squares[i * pq.n_centroids..][..pq.n_centroids];
+        let packed = &mut packed[i * stride..][..N];
+        for j in 0..N {
+            let code = rows[j][i];
+            sums[j] += squares[usize::from(code)];
+            packed[j] |= (code << shift) as i16;
+        }
+    }
+    sums.into_iter().fold(0.0, f64::max)
 }
 
 impl<S: Simd> Kernel for PermuteFc<S> {

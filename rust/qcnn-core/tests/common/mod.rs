@@ -137,13 +137,14 @@ fn interpret_node(
     let channels = shape[0];
     let pixels: usize = shape[1..].iter().product();
     let parameter = |suffix: &str| network.floats(name, suffix);
-    let codes = network.codes(name);
+    let mut buffer = Vec::new();
+    let codes = network.codes(name, &mut buffer);
     let weights = |pq: &Option<_>| match *pq {
         None => Weights::Dense(parameter("weight").unwrap()),
         Some(geometry) => Weights::ProductQuantized {
             geometry,
             codebooks: parameter("codebooks").unwrap(),
-            codes: codes.as_deref().unwrap(),
+            codes: codes.unwrap(),
         },
     };
     let map = |f: &dyn Fn(f64) -> f64| x.iter().map(|v| f(f64::from(*v)) as f32).collect();
