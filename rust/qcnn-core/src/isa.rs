@@ -184,6 +184,9 @@ impl Level {
     }
 }
 
+/// The most float32 lanes of any level.
+pub(crate) const MAX_LANES: usize = 16;
+
 /// Work that is compiled once per level.
 pub(crate) trait Task {
     /// What the work returns.
@@ -225,6 +228,20 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
     /// `a + b`
     fn add(self, a: Self::F32, b: Self::F32) -> Self::F32;
 
+    /// `a * b`
+    fn mul(self, a: Self::F32, b: Self::F32) -> Self::F32;
+
+    /// The greater of each pair of lanes, or NaN if either is NaN.
+    fn max(self, a: Self::F32, b: Self::F32) -> Self::F32;
+
+    /// `1 / sqrt(a)` to a relative error of 2^-11 for positive normal numbers.
+    ///
+    /// Infinite for 0, zero for infinity, NaN for negative numbers and NaN.
+    fn rsqrt_estimate(self, a: Self::F32) -> Self::F32;
+
+    /// Lanes 0, 2, 4, … of `a`, then those of `b`.
+    fn even(self, a: Self::F32, b: Self::F32) -> Self::F32;
+
     /// `a * b + c`, rounded once where the level can.
     fn mul_add(self, a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32;
 
@@ -241,6 +258,47 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
     ///
     /// `target` is valid for writes of `LANES` values.
     unsafe fn store(self, target: *mut f32, vector: Self::F32);
+
+    /// The `n` values at `source` in the first lanes, zeros in the others;
+    /// `n` is at most `LANES`.
+    ///
+    /// # Safety
+    ///
+    /// `source` is valid for reads of `n` values.
+    unsafe fn load_part(self, source: *const f32, n: usize) -> Self::F32;
+
+    /// Write the first `n` lanes to `target`; `n` is at most `LANES`.
+    ///
+    /// # Safety
+    ///
+    /// `target` is valid for writes of `n` values.
+    unsafe fn store_part(self, target: *mut f32, vector: Self::F32, n: usize);
+
+    /// The first `LANES` values of a slice, zeros where it is shorter.
+    #[inline(always)]
+    fn load_first(self, values: &[f32]) -> Self::F32 {
+        // SAFETY: the slice holds as many values as are read.
+        unsafe {
+            if values.len() >= Self::LANES {
+                self.load(values.as_ptr())
+            } else {
+                self.load_part(values.as_ptr(), values.len())
+            }
+        }
+    }
+
+    /// Write as many lanes to the start of a slice as it has room for.
+    #[inline(always)]
+    fn store_first(self, values: &mut [f32], vector: Self::F32) {
+        // SAFETY: the slice holds as many values as are written.
+        unsafe {
+            if values.len() >= Self::LANES {
+                self.store(values.as_mut_ptr(), vector);
+            } else {
+                self.store_part(values.as_mut_ptr(), vector, values.len());
+            }
+        }
+    }
 
     /// Every lane 0.
     fn zero_i16(self) -> Self::I16;
@@ -364,6 +422,8 @@ mod tests {
             expected.push(-1.0);
             assert_eq!(target, expected, "{}", S::NAME);
 
+            check_floats(s);
+
             let lanes = 2 * S::LANES;
             let halves: Vec<f32> = (0..lanes).map(|i| i as f32 * 0.75 - 3.0).collect();
             let mut words = vec![7i16; lanes + 2];
@@ -453,6 +513,54 @@ mod tests {
             let index = |word: &i16| (*word as u16 >> 3) as usize % n;
             let expected: Vec<i16> = words.iter().map(|word| entries[index(word)]).collect();
             assert_eq!(found, expected, "{} {BITS}", S::NAME);
+        }
+    }
+
+    /// The primitives that rounding, NaN or parts of vectors concern.
+    #[inline(always)]
+    fn check_floats<S: Simd>(s: S) {
+        let get = |vector: S::F32| {
+            let mut lanes = vec![0.0; S::LANES];
+            s.store_first(&mut lanes, vector);
+            lanes
+        };
+        let a: Vec<f32> = (0..S::LANES).map(|i| i as f32 - 2.5).collect();
+        let b: Vec<f32> = (0..S::LANES).map(|i| 1.5 - i as f32).collect();
+        let (va, vb) = (s.load_first(&a), s.load_first(&b));
+        let pairs = || a.iter().zip(&b);
+        let products: Vec<f32> = pairs().map(|(a, b)| a * b).collect();
+        assert_eq!(get(s.mul(va, vb)), products, "{}", S::NAME);
+        let maxima: Vec<f32> = pairs().map(|(a, b)| a.max(*b)).collect();
+        assert_eq!(get(s.max(va, vb)), maxima, "{}", S::NAME);
+        let nan = s.splat(f32::NAN);
+        for vector in [s.max(nan, va), s.max(va, nan)] {
+            assert!(get(vector).iter().all(|x| x.is_nan()), "{}", S::NAME);
+        }
+        let even: Vec<f32> = a.iter().chain(&b).copied().step_by(2).collect();
+        assert_eq!(get(s.even(va, vb)), even, "{}", S::NAME);
+        for exponent in -126..=127 {
+            for mantissa in [1.0, 1.1, 1.37, 1.999] {
+                let x = mantissa * 2.0f32.powi(exponent);
+                let got = f64::from(get(s.rsqrt_estimate(s.splat(x)))[0]);
+                let error = got * f64::from(x).sqrt() - 1.0;
+                assert!(error.abs() < 1.0 / 2048.0, "{}: {x} {error}", S::NAME);
+            }
+        }
+        let extremes = [[0.0, f32::INFINITY], [f32::INFINITY, 0.0]];
+        for [x, expected] in extremes {
+            let got = get(s.rsqrt_estimate(s.splat(x)));
+            assert_eq!(got, vec![expected; S::LANES], "{}", S::NAME);
+        }
+        assert!(get(s.rsqrt_estimate(s.splat(-1.0)))[0].is_nan());
+        for n in 0..=S::LANES {
+            let mut expected = vec![0.0; S::LANES];
+            expected[..n].copy_from_slice(&a[..n]);
+            assert_eq!(get(s.load_first(&a[..n])), expected, "{} {n}", S::NAME);
+            let mut target = vec![7.0; S::LANES + 1];
+            s.store_first(&mut target[..n], va);
+            let mut expected = vec![7.0; S::LANES + 1];
+            expected[..n].copy_from_slice(&a[..n]);
+            assert_eq!(target, expected, "{} {n}", S::NAME);
         }
     }
 

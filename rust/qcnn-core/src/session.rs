@@ -45,15 +45,15 @@ enum Action {
         reduction: Reduction,
         pixels: usize,
     },
+    Concat,
+    // The rest work in place, on a copy of the first operand where that is
+    // still needed.
+    Activation(Activation),
     Lrn {
         lrn: Lrn,
         channels: usize,
         pixels: usize,
     },
-    Concat,
-    // The rest work in place, on a copy of the first operand where that is
-    // still needed.
-    Activation(Activation),
     BatchNorm {
         norm: BatchNorm,
         pixels: usize,
@@ -69,7 +69,11 @@ impl Action {
     fn works_in_place(&self) -> bool {
         matches!(
             self,
-            Self::Activation(_) | Self::BatchNorm { .. } | Self::Softmax { .. } | Self::Add
+            Self::Activation(_)
+                | Self::Lrn { .. }
+                | Self::BatchNorm { .. }
+                | Self::Softmax { .. }
+                | Self::Add
         )
     }
 
@@ -77,6 +81,7 @@ impl Action {
         match self {
             Self::Kernel(kernel) => kernel.scratch_len(n),
             Self::Pool(pool) => pool.scratch_len(),
+            Self::Lrn { lrn, channels, .. } => lrn.scratch_len(*channels),
             _ => 0,
         }
     }
@@ -299,13 +304,7 @@ impl Session {
                 lrn,
                 channels,
                 pixels,
-            } => lrn.run(
-                level,
-                *channels,
-                *pixels,
-                workspace.value(input, first, n),
-                output,
-            ),
+            } => lrn.run(level, [*channels, *pixels], output, scratch_slice),
             Action::Concat => {
                 let mut offset = 0;
                 for operand in &step.operands {

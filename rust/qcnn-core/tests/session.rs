@@ -137,6 +137,31 @@ fn every_operation() {
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
+/// Rows that end anywhere within a vector, windows that leave the input.
+#[test]
+fn pools_of_all_widths() {
+    let mut failures = Vec::new();
+    for kind in ["max_pool", "average_pool"] {
+        for (kernel, stride) in [(1, 1), (2, 2), (3, 1), (3, 2), (5, 2), (3, 3), (2, 5)] {
+            for padding in [[0; 4], [0, kernel / 2, 0, (kernel - 1) / 2]] {
+                for width in [5, 15, 16, 17, 31, 32, 33, 55, 70] {
+                    let mut op = json!({
+                        "type": kind, "kernel": [kernel, kernel], "stride": [stride, stride],
+                        "padding": padding, "ceil_mode": true,
+                    });
+                    if kind == "average_pool" {
+                        op["count_include_pad"] = json!(true);
+                    }
+                    let network = network(&[2, 21, width], &[node("y", &["x"], op.clone())], None);
+                    let result = check(&network, 2);
+                    failures.extend(result.map_err(|e| format!("{op} {width}: {e}")).err());
+                }
+            }
+        }
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
 fn relu() -> Value {
     json!({"type": "relu"})
 }

@@ -1,16 +1,18 @@
 //! The AVX2 level.
 
 use std::arch::x86_64::{
-    __m128i, __m256, __m256i, _MM_HINT_T0, _mm_cvtsi32_si128, _mm_loadu_si128, _mm_prefetch,
-    _mm256_add_epi16, _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256, _mm256_blend_epi16,
-    _mm256_blendv_epi8, _mm256_broadcastsi128_si256, _mm256_castsi256_si128, _mm256_cvtepi16_epi32,
-    _mm256_cvtepi32_ps, _mm256_cvtps_epi32, _mm256_extracti128_si256, _mm256_fmadd_ps,
-    _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_mullo_epi16, _mm256_or_si256,
-    _mm256_packs_epi32, _mm256_permute2x128_si256, _mm256_permute4x64_epi64,
-    _mm256_permutevar8x32_epi32, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps,
-    _mm256_setr_epi32, _mm256_setzero_si256, _mm256_shuffle_epi8, _mm256_slli_epi16,
-    _mm256_slli_epi32, _mm256_srl_epi16, _mm256_srli_epi32, _mm256_storeu_ps, _mm256_storeu_si256,
-    _mm256_unpackhi_epi32, _mm256_unpacklo_epi32,
+    __m128i, __m256, __m256i, _CMP_UNORD_Q, _MM_HINT_T0, _mm_cvtsi32_si128, _mm_loadu_si128,
+    _mm_prefetch, _mm256_add_epi16, _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256,
+    _mm256_blend_epi16, _mm256_blendv_epi8, _mm256_blendv_ps, _mm256_broadcastsi128_si256,
+    _mm256_castpd_ps, _mm256_castps_pd, _mm256_castsi256_si128, _mm256_cmp_ps, _mm256_cmpgt_epi32,
+    _mm256_cvtepi16_epi32, _mm256_cvtepi32_ps, _mm256_cvtps_epi32, _mm256_extracti128_si256,
+    _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maskload_ps,
+    _mm256_maskstore_ps, _mm256_max_ps, _mm256_mul_ps, _mm256_mullo_epi16, _mm256_or_si256,
+    _mm256_packs_epi32, _mm256_permute2x128_si256, _mm256_permute4x64_epi64, _mm256_permute4x64_pd,
+    _mm256_permutevar8x32_epi32, _mm256_rsqrt_ps, _mm256_set1_epi16, _mm256_set1_epi32,
+    _mm256_set1_ps, _mm256_setr_epi32, _mm256_setzero_si256, _mm256_shuffle_epi8,
+    _mm256_shuffle_ps, _mm256_slli_epi16, _mm256_slli_epi32, _mm256_srl_epi16, _mm256_srli_epi32,
+    _mm256_storeu_ps, _mm256_storeu_si256, _mm256_unpackhi_epi32, _mm256_unpacklo_epi32,
 };
 
 use super::{Simd, Task};
@@ -56,6 +58,40 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn mul(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: `self` proves AVX, which AVX2 includes.
+        unsafe { _mm256_mul_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn max(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: `self` proves AVX, which AVX2 includes.
+        unsafe {
+            // The instruction gives its second operand if either is NaN; where
+            // it is `b`, keep that.
+            let greater = _mm256_max_ps(b, a);
+            _mm256_blendv_ps(greater, b, _mm256_cmp_ps::<_CMP_UNORD_Q>(b, b))
+        }
+    }
+
+    #[inline(always)]
+    fn rsqrt_estimate(self, a: __m256) -> __m256 {
+        // SAFETY: `self` proves AVX, which AVX2 includes.
+        unsafe { _mm256_rsqrt_ps(a) }
+    }
+
+    #[inline(always)]
+    fn even(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: `self` proves AVX2.
+        unsafe {
+            // Shuffling works within halves: a, b, a, b.
+            let even = _mm256_shuffle_ps::<0b10_00_10_00>(a, b);
+            let pairs = _mm256_permute4x64_pd::<0b11_01_10_00>(_mm256_castps_pd(even));
+            _mm256_castpd_ps(pairs)
+        }
+    }
+
+    #[inline(always)]
     fn mul_add(self, a: __m256, b: __m256, c: __m256) -> __m256 {
         // SAFETY: `self` proves FMA.
         unsafe { _mm256_fmadd_ps(a, b, c) }
@@ -71,6 +107,20 @@ impl Simd for Avx2 {
     unsafe fn store(self, target: *mut f32, vector: __m256) {
         // SAFETY: `self` proves AVX; the caller vouches for 8 writable values.
         unsafe { _mm256_storeu_ps(target, vector) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_part(self, source: *const f32, n: usize) -> __m256 {
+        // SAFETY: `self` proves AVX; the caller vouches for n readable values,
+        // and masked lanes are not read.
+        unsafe { _mm256_maskload_ps(source, first_lanes(self, n)) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_part(self, target: *mut f32, vector: __m256, n: usize) {
+        // SAFETY: `self` proves AVX; the caller vouches for n writable values,
+        // and masked lanes are not written.
+        unsafe { _mm256_maskstore_ps(target, first_lanes(self, n), vector) }
     }
 
     #[inline(always)]
@@ -238,3 +288,12 @@ impl Simd for Avx2 {
 
 /// Every second lane of 16 bits, of 8.
 const ODD_LANES: i32 = 0b1010_1010;
+/// All bits of the first `n` lanes.
+#[inline(always)]
+fn first_lanes(_: Avx2, n: usize) -> __m256i {
+    // SAFETY: the token proves AVX2.
+    unsafe {
+        let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        _mm256_cmpgt_epi32(_mm256_set1_epi32(n as i32), lanes)
+    }
+}

@@ -1,14 +1,16 @@
 //! The AVX-512 levels, with and without VNNI.
 
 use std::arch::x86_64::{
-    __m512, __m512i, _MM_HINT_T0, _mm_prefetch, _mm512_add_epi16, _mm512_add_epi32, _mm512_add_ps,
-    _mm512_castsi256_si512, _mm512_castsi512_si256, _mm512_cvtepi16_epi32, _mm512_cvtepi32_ps,
-    _mm512_cvtps_epi32, _mm512_cvtsepi32_epi16, _mm512_dpwssd_epi32, _mm512_extracti64x4_epi64,
-    _mm512_fmadd_ps, _mm512_inserti64x4, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_madd_epi16,
-    _mm512_mask_blend_epi16, _mm512_permutex2var_epi16, _mm512_permutex2var_epi32,
-    _mm512_permutexvar_epi16, _mm512_set1_epi16, _mm512_set1_epi32, _mm512_set1_ps,
-    _mm512_setzero_si512, _mm512_slli_epi32, _mm512_srli_epi16, _mm512_srli_epi32,
-    _mm512_storeu_ps, _mm512_storeu_si512,
+    __m512, __m512i, __mmask16, _CMP_ORD_Q, _MM_HINT_T0, _mm_prefetch, _mm512_add_epi16,
+    _mm512_add_epi32, _mm512_add_ps, _mm512_castsi256_si512, _mm512_castsi512_si256,
+    _mm512_cmp_ps_mask, _mm512_cvtepi16_epi32, _mm512_cvtepi32_ps, _mm512_cvtps_epi32,
+    _mm512_cvtsepi32_epi16, _mm512_dpwssd_epi32, _mm512_extracti64x4_epi64, _mm512_fmadd_ps,
+    _mm512_inserti64x4, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_madd_epi16,
+    _mm512_mask_blend_epi16, _mm512_mask_max_ps, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps,
+    _mm512_mul_ps, _mm512_permutex2var_epi16, _mm512_permutex2var_epi32, _mm512_permutex2var_ps,
+    _mm512_permutexvar_epi16, _mm512_rsqrt14_ps, _mm512_set1_epi16, _mm512_set1_epi32,
+    _mm512_set1_ps, _mm512_setr_epi32, _mm512_setzero_si512, _mm512_slli_epi32, _mm512_srli_epi16,
+    _mm512_srli_epi32, _mm512_storeu_ps, _mm512_storeu_si512,
 };
 
 use super::{Simd, Task};
@@ -79,6 +81,40 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     }
 
     #[inline(always)]
+    fn mul(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn max(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe {
+            // The instruction gives its second operand if either is NaN; where
+            // it is `b`, keep that. Chains of maxima go through `a`: nothing
+            // waits for the comparison.
+            let number = _mm512_cmp_ps_mask::<_CMP_ORD_Q>(b, b);
+            _mm512_mask_max_ps(b, number, b, a)
+        }
+    }
+
+    #[inline(always)]
+    fn rsqrt_estimate(self, a: __m512) -> __m512 {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe { _mm512_rsqrt14_ps(a) }
+    }
+
+    #[inline(always)]
+    fn even(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe {
+            let index =
+                _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+            _mm512_permutex2var_ps(a, index, b)
+        }
+    }
+
+    #[inline(always)]
     fn mul_add(self, a: __m512, b: __m512, c: __m512) -> __m512 {
         // SAFETY: `self` proves AVX-512 F.
         unsafe { _mm512_fmadd_ps(a, b, c) }
@@ -94,6 +130,20 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     unsafe fn store(self, target: *mut f32, vector: __m512) {
         // SAFETY: `self` proves AVX-512 F; the caller vouches for 16 writable values.
         unsafe { _mm512_storeu_ps(target, vector) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_part(self, source: *const f32, n: usize) -> __m512 {
+        // SAFETY: `self` proves AVX-512 F; the caller vouches for n readable
+        // values, and masked lanes are not read.
+        unsafe { _mm512_maskz_loadu_ps(first_lanes(n), source) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_part(self, target: *mut f32, vector: __m512, n: usize) {
+        // SAFETY: `self` proves AVX-512 F; the caller vouches for n writable
+        // values, and masked lanes are not written.
+        unsafe { _mm512_mask_storeu_ps(target, first_lanes(n), vector) }
     }
 
     #[inline(always)]
@@ -238,6 +288,11 @@ const ODD_LANES: u32 = 0xaaaa_aaaa;
 
 /// Lanes of 32 bits in turns from the first half of two vectors.
 const INTERLEAVED: [i32; 16] = [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23];
+/// A mask of the first `n` lanes.
+#[inline(always)]
+fn first_lanes(n: usize) -> __mmask16 {
+    ((1u32 << n) - 1) as __mmask16
+}
 
 /// Each lane of 16 bits its number.
 const LANE_NUMBERS: [i16; 32] = {

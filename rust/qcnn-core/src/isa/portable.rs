@@ -41,6 +41,32 @@ impl<const N: usize> Simd for Portable<N> {
     }
 
     #[inline(always)]
+    fn mul(self, a: [f32; N], b: [f32; N]) -> [f32; N] {
+        std::array::from_fn(|i| a[i] * b[i])
+    }
+
+    #[inline(always)]
+    fn max(self, a: [f32; N], b: [f32; N]) -> [f32; N] {
+        std::array::from_fn(|i| {
+            if b[i] > a[i] || b[i].is_nan() {
+                b[i]
+            } else {
+                a[i]
+            }
+        })
+    }
+
+    #[inline(always)]
+    fn rsqrt_estimate(self, a: [f32; N]) -> [f32; N] {
+        a.map(|x| 1.0 / x.sqrt())
+    }
+
+    #[inline(always)]
+    fn even(self, a: [f32; N], b: [f32; N]) -> [f32; N] {
+        std::array::from_fn(|i| if 2 * i < N { a[2 * i] } else { b[2 * i - N] })
+    }
+
+    #[inline(always)]
     fn mul_add(self, a: [f32; N], b: [f32; N], c: [f32; N]) -> [f32; N] {
         // Not f32::mul_add, which is a library call where the baseline has no FMA.
         std::array::from_fn(|i| a[i] * b[i] + c[i])
@@ -56,6 +82,26 @@ impl<const N: usize> Simd for Portable<N> {
     unsafe fn store(self, target: *mut f32, vector: [f32; N]) {
         // SAFETY: the caller vouches for N writable values.
         unsafe { target.cast::<[f32; N]>().write_unaligned(vector) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_part(self, source: *const f32, n: usize) -> [f32; N] {
+        // SAFETY: the caller vouches for n readable values.
+        let values = unsafe { std::slice::from_raw_parts(source, n) };
+        let mut vector = [0.0; N];
+        for (lane, value) in vector.iter_mut().zip(values) {
+            *lane = *value;
+        }
+        vector
+    }
+
+    #[inline(always)]
+    unsafe fn store_part(self, target: *mut f32, vector: [f32; N], n: usize) {
+        // SAFETY: the caller vouches for n writable values.
+        let values = unsafe { std::slice::from_raw_parts_mut(target, n) };
+        for (value, lane) in values.iter_mut().zip(vector) {
+            *value = lane;
+        }
     }
 
     #[inline(always)]

@@ -1,7 +1,11 @@
 //! Pooling.
 
 use crate::geometry::PoolGeometry;
-use crate::isa::{Level, Simd, Task};
+use crate::isa::{Level, MAX_LANES, Simd, Task};
+
+/// Rows of windows reduced vertically before any is reduced horizontally: the
+/// stores of a row are done when it is read in other places.
+const ROWS: usize = 8;
 
 /// What a window is reduced to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,17 +69,18 @@ impl Pool {
         }
     }
 
-    /// Elements of one row of all windows' columns, padding included.
+    /// Elements of the row that [`reduce_plane`] reads: padding, input, padding
+    /// up to the end of the last vector of windows on any level.
     fn row_len(&self) -> usize {
         let g = &self.geometry;
-        // The padded input may end beyond the last window.
-        let windows = (g.out_size[1] - 1) * g.stride[1] + g.kernel[1];
-        windows.max(g.padding.left + g.in_size[1])
+        let windows = g.out_size[1].next_multiple_of(MAX_LANES) * g.stride[1];
+        let vectors = windows.max((g.padding.left + g.in_size[1]).next_multiple_of(MAX_LANES));
+        vectors + g.kernel[1]
     }
 
     /// Elements of scratch [`run`](Self::run) needs.
     pub fn scratch_len(&self) -> usize {
-        self.row_len()
+        ROWS * self.row_len()
     }
 
     /// Pool images back to back.
@@ -84,7 +89,7 @@ impl Pool {
             pool: self,
             input,
             output,
-            row: &mut scratch[..self.row_len()],
+            rows: &mut scratch[..self.scratch_len()],
         });
     }
 }
@@ -93,94 +98,203 @@ struct Apply<'a> {
     pool: &'a Pool,
     input: &'a [f32],
     output: &'a mut [f32],
-    row: &'a mut [f32],
+    rows: &'a mut [f32],
 }
 
 impl Task for Apply<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, _: S) {
+    fn run<S: Simd>(self, simd: S) {
         let Self {
             pool,
             input,
             output,
-            row,
+            rows,
         } = self;
         let g = &pool.geometry;
+        let planes = input.chunks_exact(g.in_size[0] * g.in_size[1]);
         let out_planes = output.chunks_exact_mut(g.out_size[0] * g.out_size[1]);
-        for (plane, out) in input
-            .chunks_exact(g.in_size[0] * g.in_size[1])
-            .zip(out_planes)
-        {
-            match pool.reduction {
-                Reduction::Max => {
-                    reduce_plane(pool, plane, out, row, f32::NEG_INFINITY, max, |x, _| x);
+        match pool.reduction {
+            Reduction::Max => {
+                rows.fill(f32::NEG_INFINITY);
+                for (plane, out) in planes.zip(out_planes) {
+                    reduce_plane::<S, Max>(simd, g, plane, out, rows);
                 }
-                Reduction::Average { .. } => {
-                    reduce_plane(
-                        pool,
-                        plane,
-                        out,
-                        row,
-                        0.0,
-                        |a, b| a + b,
-                        |x, count| x / count,
-                    );
+            }
+            Reduction::Average { .. } => {
+                let [row_counts, column_counts] = &pool.counts;
+                rows.fill(0.0);
+                for (plane, out) in planes.zip(out_planes) {
+                    reduce_plane::<S, Sum>(simd, g, plane, out, rows);
+                    let rows = out.chunks_exact_mut(g.out_size[1]);
+                    for (out, row_count) in rows.zip(row_counts) {
+                        for (y, column_count) in out.iter_mut().zip(column_counts) {
+                            *y /= row_count * column_count;
+                        }
+                    }
                 }
             }
         }
     }
 }
 
-/// The greater value, or NaN if either is NaN.
-#[inline(always)]
-fn max(a: f32, b: f32) -> f32 {
-    if b > a || b.is_nan() { b } else { a }
+/// How two values become one.
+trait Combine {
+    /// What changes no value.
+    const IDENTITY: f32;
+
+    /// The one value.
+    fn one(a: f32, b: f32) -> f32;
+
+    /// [`one`](Self::one) for each pair of lanes.
+    fn vector<S: Simd>(simd: S, a: S::F32, b: S::F32) -> S::F32;
 }
 
-/// Reduce each row of windows first vertically, which gives one padded row,
-/// then horizontally. Both passes run along rows, so they vectorise.
+/// The greater value, or NaN if either is NaN.
+struct Max;
+
+impl Combine for Max {
+    const IDENTITY: f32 = f32::NEG_INFINITY;
+
+    #[inline(always)]
+    fn one(a: f32, b: f32) -> f32 {
+        if b > a || b.is_nan() { b } else { a }
+    }
+
+    #[inline(always)]
+    fn vector<S: Simd>(simd: S, a: S::F32, b: S::F32) -> S::F32 {
+        simd.max(a, b)
+    }
+}
+
+struct Sum;
+
+impl Combine for Sum {
+    const IDENTITY: f32 = 0.0;
+
+    #[inline(always)]
+    fn one(a: f32, b: f32) -> f32 {
+        a + b
+    }
+
+    #[inline(always)]
+    fn vector<S: Simd>(simd: S, a: S::F32, b: S::F32) -> S::F32 {
+        simd.add(a, b)
+    }
+}
+
+/// Reduce rows of windows first vertically, each to one padded row, then
+/// horizontally. The rows hold the identity wherever there is padding.
 #[inline(always)]
-fn reduce_plane(
-    pool: &Pool,
+fn reduce_plane<S: Simd, C: Combine>(
+    simd: S,
+    g: &PoolGeometry,
     plane: &[f32],
     out: &mut [f32],
-    row: &mut [f32],
-    identity: f32,
-    reduce: impl Fn(f32, f32) -> f32,
-    finish: impl Fn(f32, f32) -> f32,
+    rows: &mut [f32],
 ) {
-    let g = &pool.geometry;
+    let (kernel, stride, n_out) = (g.kernel[1], g.stride[1], g.out_size[1]);
     let width = g.in_size[1];
-    let [row_counts, column_counts] = &pool.counts;
-    let (stride, kernel) = (g.stride[1], g.kernel[1]);
-    // First elements of all windows.
-    let starts = (g.out_size[1] - 1) * stride + 1;
-    for (oy, out) in out.chunks_exact_mut(g.out_size[1]).enumerate() {
-        row.fill(identity);
-        for y in window(g, 0, oy) {
-            let source = &plane[y * width..(y + 1) * width];
-            for (r, x) in row[g.padding.left..].iter_mut().zip(source) {
-                *r = reduce(*r, *x);
+    let row_len = rows.len() / ROWS;
+    for first in (0..g.out_size[0]).step_by(ROWS) {
+        let n_rows = ROWS.min(g.out_size[0] - first);
+        for i in 0..n_rows {
+            let lines = window(g, 0, first + i);
+            let row = &mut rows[i * row_len + g.padding.left..][..width];
+            // The usual heights and windows are compiled without loops.
+            let lines_from = &plane[lines.start * width..];
+            match lines.len() {
+                2 => reduce_lines::<S, C>(simd, 2, lines_from, row),
+                3 => reduce_lines::<S, C>(simd, 3, lines_from, row),
+                n => reduce_lines::<S, C>(simd, n, lines_from, row),
             }
         }
-        // Element i becomes the reduction of i..i + kernel; each pass reads
-        // elements that it has not changed yet.
-        for i in 0..starts {
-            let mut r = row[i];
-            for x in &row[i + 1..i + kernel] {
-                r = reduce(r, *x);
+        for i in 0..n_rows {
+            let row = &rows[i * row_len..][..row_len];
+            let out = &mut out[(first + i) * n_out..][..n_out];
+            match (kernel, stride) {
+                (2, 2) => reduce_row::<S, C>(simd, 2, 2, row, out),
+                (3, 2) => reduce_row::<S, C>(simd, 3, 2, row, out),
+                _ => reduce_row::<S, C>(simd, kernel, stride, row, out),
             }
-            row[i] = r;
         }
-        for ((y, column_count), r) in out
-            .iter_mut()
-            .zip(column_counts)
-            .zip(row.iter().step_by(stride))
-        {
-            *y = finish(*r, row_counts[oy] * column_count);
+    }
+}
+
+/// Reduce the first `n` lines of `plane` to one, `row`.
+#[inline(always)]
+fn reduce_lines<S: Simd, C: Combine>(simd: S, n: usize, plane: &[f32], row: &mut [f32]) {
+    let width = row.len();
+    assert!(n > 0 && plane.len() >= n * width);
+    let whole = width - width % S::LANES;
+    for x in (0..whole).step_by(S::LANES) {
+        // SAFETY: a vector from element x on ends within a line and within the
+        // row, both `width` long; there are `n` lines, as asserted.
+        unsafe {
+            let mut values = simd.load(plane.as_ptr().add(x));
+            for y in 1..n {
+                let line = simd.load(plane.as_ptr().add(y * width + x));
+                values = C::vector(simd, values, line);
+            }
+            simd.store(row.as_mut_ptr().add(x), values);
         }
+    }
+    if whole < width {
+        let mut values = simd.load_first(&plane[whole..width]);
+        for y in 1..n {
+            let line = simd.load_first(&plane[y * width..][whole..width]);
+            values = C::vector(simd, values, line);
+        }
+        simd.store_first(&mut row[whole..], values);
+    }
+}
+
+/// Reduce the windows of a row.
+#[inline(always)]
+fn reduce_row<S: Simd, C: Combine>(
+    simd: S,
+    kernel: usize,
+    stride: usize,
+    row: &[f32],
+    out: &mut [f32],
+) {
+    match stride {
+        1 => {
+            for i in (0..out.len()).step_by(S::LANES) {
+                let windows = reduce_windows::<S, C>(simd, kernel, &row[i..]);
+                simd.store_first(&mut out[i..], windows);
+            }
+        }
+        2 => {
+            for i in (0..out.len()).step_by(S::LANES) {
+                let lower = reduce_windows::<S, C>(simd, kernel, &row[2 * i..]);
+                let upper = reduce_windows::<S, C>(simd, kernel, &row[2 * i + S::LANES..]);
+                simd.store_first(&mut out[i..], simd.even(lower, upper));
+            }
+        }
+        _ => {
+            for (i, y) in out.iter_mut().enumerate() {
+                let window = &row[i * stride..][..kernel];
+                *y = window.iter().fold(C::IDENTITY, |a, b| C::one(a, *b));
+            }
+        }
+    }
+}
+
+/// Reduce the windows of `kernel` values that start at the first elements of
+/// `row`.
+#[inline(always)]
+fn reduce_windows<S: Simd, C: Combine>(simd: S, kernel: usize, row: &[f32]) -> S::F32 {
+    assert!(row.len() >= S::LANES + kernel - 1);
+    // SAFETY: a vector from any of the first `kernel` elements on ends within
+    // the row, as asserted.
+    unsafe {
+        let mut windows = simd.load(row.as_ptr());
+        for i in 1..kernel {
+            windows = C::vector(simd, windows, simd.load(row.as_ptr().add(i)));
+        }
+        windows
     }
 }
 
@@ -214,10 +328,8 @@ impl Task for Global<'_> {
     fn run<S: Simd>(self, _: S) {
         for (plane, y) in self.input.chunks_exact(self.pixels).zip(self.output) {
             *y = match self.reduction {
-                Reduction::Max => reduce_lanes(plane, f32::NEG_INFINITY, max),
-                Reduction::Average { .. } => {
-                    reduce_lanes(plane, 0.0, |a, b| a + b) / self.pixels as f32
-                }
+                Reduction::Max => reduce_lanes::<Max>(plane),
+                Reduction::Average { .. } => reduce_lanes::<Sum>(plane) / self.pixels as f32,
             };
         }
     }
@@ -226,12 +338,12 @@ impl Task for Global<'_> {
 /// Reduce in 16 independent lanes, which vectorises and keeps sums of many
 /// values accurate.
 #[inline(always)]
-fn reduce_lanes(values: &[f32], identity: f32, reduce: impl Fn(f32, f32) -> f32) -> f32 {
-    let mut lanes = [identity; 16];
+fn reduce_lanes<C: Combine>(values: &[f32]) -> f32 {
+    let mut lanes = [C::IDENTITY; 16];
     for chunk in values.chunks(16) {
         for (lane, x) in lanes.iter_mut().zip(chunk) {
-            *lane = reduce(*lane, *x);
+            *lane = C::one(*lane, *x);
         }
     }
-    lanes.into_iter().fold(identity, reduce)
+    lanes.into_iter().fold(C::IDENTITY, C::one)
 }
