@@ -404,8 +404,8 @@ class BenchmarkConfig(Section):
         min_length=1,
         description=(
             "Precisions of the quantised network that race. exact: float32 tables and "
-            "sums; fast: the engine's choice. The first one leads the report and has "
-            "its layers timed."
+            "sums; fast: 16 bits where that is faster. The first one leads the report "
+            "and has its layers timed."
         ),
     )
     peers: tuple[PeerName, ...] = Field(

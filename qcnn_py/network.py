@@ -265,8 +265,9 @@ class Network:
         Parameters
         ----------
         precision : {"fast", "exact"}
-            ``exact`` computes tables and sums in float32; ``fast`` may use
-            16-bit tables where a kernel for them exists.
+            ``exact`` computes in float32; ``fast`` computes quantised layers in
+            16 bits where that is faster, with scales that cannot overflow. A
+            layer's response is off by about 1e-3 then (relative L2).
         isa : str, optional
             One of :func:`qcnn_py.available_isas`; the best one by default, or
             the one named by the environment variable ``QCNN_ISA``.

@@ -42,7 +42,9 @@ def start(workspace):
 
 def wait_for(path, process):
     """Wait for the log of a stage, which it opens before it does anything."""
+    deadline = time.monotonic() + 120
     while not path.exists():
+        assert time.monotonic() < deadline, f"snakemake has not written {path}"
         assert process.poll() is None, f"snakemake ended before {path}"
         time.sleep(0.005)
 

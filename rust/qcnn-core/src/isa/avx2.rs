@@ -286,6 +286,8 @@ impl Simd for Avx2 {
     }
 }
 
+/// Every second lane of 16 bits, of 8.
+const ODD_LANES: i32 = 0b1010_1010;
 /// All bits of the first `n` lanes.
 #[inline(always)]
 fn first_lanes(_: Avx2, n: usize) -> __m256i {
@@ -295,6 +297,3 @@ fn first_lanes(_: Avx2, n: usize) -> __m256i {
         _mm256_cmpgt_epi32(_mm256_set1_epi32(n as i32), lanes)
     }
 }
-
-/// Every second lane of 16 bits, of 8.
-const ODD_LANES: i32 = 0b1010_1010;

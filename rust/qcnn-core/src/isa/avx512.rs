@@ -283,17 +283,16 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     }
 }
 
-/// A mask of the first `n` lanes.
-#[inline(always)]
-fn first_lanes(n: usize) -> __mmask16 {
-    ((1u32 << n) - 1) as __mmask16
-}
-
 /// Every second lane of 16 bits.
 const ODD_LANES: u32 = 0xaaaa_aaaa;
 
 /// Lanes of 32 bits in turns from the first half of two vectors.
 const INTERLEAVED: [i32; 16] = [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23];
+/// A mask of the first `n` lanes.
+#[inline(always)]
+fn first_lanes(n: usize) -> __mmask16 {
+    ((1u32 << n) - 1) as __mmask16
+}
 
 /// Each lane of 16 bits its number.
 const LANE_NUMBERS: [i16; 32] = {

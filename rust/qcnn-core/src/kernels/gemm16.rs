@@ -245,7 +245,7 @@ impl<S: Simd> Gemm16Conv<S> {
                     unit,
                     units: &self.units[of_group + outputs.start..of_group + outputs.end],
                     bias: &self.bias[of_group + outputs.start..of_group + outputs.end],
-                    first: column,
+                    positions: column..(column + panel_columns::<S>()).min(columns.end),
                     row_len: self.planes.width(),
                     width: g.out_size[1],
                     output: &mut output[outputs.start * g.out_pixels()..],
@@ -369,8 +369,8 @@ struct Product<'a> {
     /// What 1 stands for in the weights of each output.
     units: &'a [f32],
     bias: &'a [f32],
-    /// Position of the first column.
-    first: usize,
+    /// Positions of the columns; the last panel may not be full.
+    positions: Range<usize>,
     /// Positions of a row of the map, of which `width` are outputs.
     row_len: usize,
     width: usize,
@@ -419,22 +419,21 @@ impl<const R: usize> Task for Rows<'_, R> {
         let outputs = p.units.iter().zip(p.bias).zip(&responses);
         for (((unit, bias), responses), output) in outputs.zip(p.output.chunks_mut(p.stride)) {
             let unit = unit * p.unit;
-            let mut column = 0;
-            while column < lanes {
-                let (y, x) = (
-                    (p.first + column) / p.row_len,
-                    (p.first + column) % p.row_len,
-                );
-                let run = (p.row_len - x).min(lanes - column);
+            let mut position = p.positions.start;
+            while position < p.positions.end {
+                let (y, x) = (position / p.row_len, position % p.row_len);
+                let run = (p.row_len - x).min(p.positions.end - position);
+                // Some positions, at the end of each row, are no outputs.
                 let used = run.min(p.width.saturating_sub(x));
-                // Positions behind the last row are no outputs either.
-                let Some(row) = output.get_mut(y * p.width + x..y * p.width + x + used) else {
-                    break;
-                };
-                for (y, response) in row.iter_mut().zip(&responses[column..]) {
+                let from = y * p.width + x.min(p.width);
+                let row = &mut output[from..from + used];
+                for (y, response) in row
+                    .iter_mut()
+                    .zip(&responses[position - p.positions.start..])
+                {
                     *y = response * unit + bias;
                 }
-                column += run;
+                position += run;
             }
         }
     }

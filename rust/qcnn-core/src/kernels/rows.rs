@@ -51,7 +51,7 @@ use crate::isa::{Simd, Task};
 /// Terms summed in 16 bits. Each term's rounding error is up to half a unit of a
 /// scale that shrinks with the number of terms: their effect on the response
 /// grows with it.
-const MAX_TERMS: usize = 32;
+const MAX_TERMS: usize = 36;
 
 /// Distinct columns that taps may have, each with sums of its own.
 const MAX_COLUMNS: usize = 6;
