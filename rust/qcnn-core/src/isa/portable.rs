@@ -48,7 +48,7 @@ impl<const N: usize> Simd for Portable<N> {
     #[inline(always)]
     fn max(self, a: [f32; N], b: [f32; N]) -> [f32; N] {
         std::array::from_fn(|i| {
-            if b[i] > a[i] || b[i].is_nan() {
+            if (b[i] > a[i]) | b[i].is_nan() {
                 b[i]
             } else {
                 a[i]
