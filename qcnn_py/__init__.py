@@ -16,7 +16,6 @@ from qcnn_py.errors import (
     NotFittedError,
     QcnnError,
     ShapeError,
-    UnsupportedOperator,
 )
 from qcnn_py.model import Model, available_isas, load
 from qcnn_py.network import LayerInfo, Network, Node, QuantizedWeights
@@ -40,7 +39,6 @@ __all__ = [
     "QcnnError",
     "QuantizedWeights",
     "ShapeError",
-    "UnsupportedOperator",
     "__version__",
     "available_isas",
     "load",

@@ -25,9 +25,5 @@ class DatasetError(QcnnError, ValueError):
     """A data set is missing, unreadable or inconsistent."""
 
 
-class UnsupportedOperator(QcnnError, NotImplementedError):
-    """A network uses an operator, or a form of it, that the engine lacks."""
-
-
 class NotFittedError(QcnnError, ValueError):
     """A quantiser was used before ``fit``."""

@@ -21,6 +21,7 @@
 use std::ops::Range;
 
 use super::planes::Planes;
+use super::tile::{pair, pair_rows};
 use super::{Candidate, ConvLayer, Kernel, Weights, vector_cycles};
 use crate::geometry::ConvGeometry;
 use crate::isa::{Simd, Task};
@@ -40,17 +41,12 @@ pub(crate) struct Gemm16Conv<S> {
     planes: Planes,
     /// Greatest magnitude of an integer input.
     input_peak: f32,
-    /// For each group panels of `panel_rows` outputs: `(pairs of rows of the
-    /// im2col matrix, panel_rows)`, the first row in the lower half.
+    /// For each group panels of `pair_rows` outputs: `(pairs of rows of the
+    /// im2col matrix, pair_rows)`, the first row in the lower half.
     weights: Vec<i32>,
     /// What 1 stands for in the weights of each output.
     units: Vec<f32>,
     bias: Vec<f32>,
-}
-
-/// Outputs of a panel: with 2 vectors each the sums fit the registers.
-const fn panel_rows<S: Simd>() -> usize {
-    if S::REGISTERS >= 32 { 12 } else { 4 }
 }
 
 /// Columns of a panel: 2 vectors of pairs, of even and of odd columns.
@@ -66,7 +62,7 @@ impl<S: Simd> Gemm16Conv<S> {
         if depth > MAX_DEPTH || matches!(layer.weights, Weights::Dense(_)) {
             return None;
         }
-        let outputs = g.group_out_channels().next_multiple_of(panel_rows::<S>());
+        let outputs = g.group_out_channels().next_multiple_of(pair_rows::<S>());
         let planes = Planes::new(g, g.out_size);
         let panels = planes.positions(g.out_size).div_ceil(panel_columns::<S>());
         // For a panel of columns: multiplying, packing.
@@ -89,7 +85,7 @@ impl<S: Simd> Gemm16Conv<S> {
             .sqrt()
             .min(32_767.0)
             .floor();
-        let rows = panel_rows::<S>();
+        let rows = pair_rows::<S>();
         let mut scales = Vec::with_capacity(geometry.out_channels);
         for weights in dense.chunks_exact(depth) {
             let sum: f32 = weights.iter().map(|w| w.abs()).sum();
@@ -111,9 +107,9 @@ impl<S: Simd> Gemm16Conv<S> {
             };
             for panel in (0..outputs).step_by(rows) {
                 for k in (0..depth).step_by(2) {
-                    weights.extend((panel..panel + rows).map(|o| {
-                        i32::from(integer(o, k)) & 0xffff | i32::from(integer(o, k + 1)) << 16
-                    }));
+                    weights.extend(
+                        (panel..panel + rows).map(|o| pair(integer(o, k), integer(o, k + 1))),
+                    );
                 }
             }
         }
@@ -231,7 +227,7 @@ impl<S: Simd> Gemm16Conv<S> {
         let g = &self.geometry;
         let outputs = g.group_out_channels();
         let pairs = self.depth().div_ceil(2);
-        let rows = panel_rows::<S>();
+        let rows = pair_rows::<S>();
         let panel_len = 2 * pairs * panel_columns::<S>();
         let weights = self.weights.len() / g.groups * group;
         for first in (0..outputs).step_by(rows) {
@@ -359,7 +355,7 @@ impl<K: Simd> Task for PackColumns<'_, K> {
 
 /// The product of a panel of weights and one of columns.
 struct Product<'a> {
-    /// `(pairs, panel_rows)`
+    /// `(pairs, pair_rows)`
     weights: &'a [i32],
     /// `(pairs, 2)` vectors
     columns: &'a [i16],

@@ -242,19 +242,17 @@ fn fc_kernels_of<'a, S: Simd>(
     simd: S,
     precision: Precision,
 ) -> Vec<Candidate<'a>> {
-    let fast = precision == Precision::Fast;
-    let mut candidates: Vec<_> = [
-        if fast {
-            PermuteFc::candidate(simd, layer)
-        } else {
-            None
-        },
+    let fast = [PermuteFc::candidate(simd, layer)];
+    let exact = [
         WordsFc::candidate(simd, layer),
         Some(GemmFc::candidate(simd, layer)),
-    ]
-    .into_iter()
-    .flatten()
-    .collect();
+    ];
+    let mut candidates: Vec<_> = fast
+        .into_iter()
+        .filter(|_| precision == Precision::Fast)
+        .chain(exact)
+        .flatten()
+        .collect();
     candidates.sort_by(|a, b| a.cycles.total_cmp(&b.cycles));
     candidates
 }

@@ -43,6 +43,7 @@
 use std::ops::Range;
 
 use super::planes::Planes;
+use super::tile::{pair, pair_rows};
 use super::{Candidate, ConvLayer, Kernel, Weights, vector_cycles};
 use crate::geometry::{ConvGeometry, Padding};
 use crate::graph::PqGeometry;
@@ -267,17 +268,11 @@ pub(crate) struct RowsConv<S> {
 struct Codebook {
     /// What they were multiplied with.
     scale: f32,
-    /// Panels of `panel_rows` codewords, each `(pairs of channels, panel_rows)`,
+    /// Panels of `pair_rows` codewords, each `(pairs of channels, pair_rows)`,
     /// the first channel in the lower half.
     pairs: Vec<i32>,
     /// The squared norm of each codeword, of the integers divided by the scale.
     squares: Vec<f32>,
-}
-
-/// Codewords whose table entries are computed together: the sums take three
-/// quarters of the registers, or less.
-const fn panel_rows<S: Simd>() -> usize {
-    if S::REGISTERS >= 32 { 12 } else { 4 }
 }
 
 /// Lanes of a vector of 16-bit integers.
@@ -318,7 +313,7 @@ fn row_len<S: Simd>(planes: &Planes) -> usize {
 
 /// Rows of a table, in whole panels.
 fn table_rows<S: Simd>(pq: PqGeometry, steps: &Steps) -> usize {
-    (pq.n_centroids + usize::from(steps.has_gaps())).next_multiple_of(panel_rows::<S>())
+    (pq.n_centroids + usize::from(steps.has_gaps())).next_multiple_of(pair_rows::<S>())
 }
 
 /// Choose the blocking, and estimate the clock cycles of an image. `None` if
@@ -527,13 +522,11 @@ impl<S: Simd> RowsConv<S> {
                 0
             }
         };
-        let rows = panel_rows::<S>();
+        let rows = pair_rows::<S>();
         let mut pairs = Vec::with_capacity(self.table_rows * dim.div_ceil(2));
         for first in (0..self.table_rows).step_by(rows) {
             for j in (0..dim).step_by(2) {
-                pairs.extend((first..first + rows).map(|k| {
-                    i32::from(channel(k, j)) & 0xffff | i32::from(channel(k, j + 1)) << 16
-                }));
+                pairs.extend((first..first + rows).map(|k| pair(channel(k, j), channel(k, j + 1))));
             }
         }
         let mut squares = squares(&rounded);
@@ -1066,7 +1059,7 @@ const MAX_LANES: usize = 32;
 /// Inner products of the codewords of a subspace with its planes, divided by
 /// 2^16 and rounded.
 struct BuildTable<'a> {
-    /// Panels of `panel_rows` codewords, each `(panel_pairs, panel_rows)`.
+    /// Panels of `pair_rows` codewords, each `(panel_pairs, pair_rows)`.
     codewords: &'a [i32],
     panel_pairs: usize,
     /// Pairs of channels, of which the last subspace may have fewer.
@@ -1085,7 +1078,7 @@ impl Task for BuildTable<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        if panel_rows::<S>() == 12 {
+        if pair_rows::<S>() == 12 {
             self.panels::<S, 12>(simd);
         } else {
             self.panels::<S, 4>(simd);

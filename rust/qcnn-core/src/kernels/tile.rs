@@ -96,3 +96,14 @@ pub(crate) unsafe fn store_tile<S: Simd, const R: usize, const V: usize>(
         }
     }
 }
+
+/// Rows of the tile of 16-bit matrix products on this level: with 2 vectors each
+/// the sums take three quarters of the registers, or less.
+pub(crate) const fn pair_rows<S: Simd>() -> usize {
+    if S::REGISTERS >= 32 { 12 } else { 4 }
+}
+
+/// Two 16-bit factors for [`Simd::splat_pair`].
+pub(crate) fn pair(low: i16, high: i16) -> i32 {
+    i32::from(low) & 0xffff | i32::from(high) << 16
+}
