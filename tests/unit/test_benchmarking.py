@@ -209,7 +209,9 @@ def test_contenders_take_turns_and_the_first_changes():
     assert result["settings"]["precisions"] == ["exact"]
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no such call here")
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity"), reason="this system pins no cores"
+)
 def test_process_stays_on_one_core_and_is_set_free_again():
     before = os.sched_getaffinity(0)
     recorder = Recorder()

@@ -161,7 +161,9 @@ print(peak() - before)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="peak memory is read from /proc"
+)
 def test_loading_takes_little_memory(tmp_path: Path) -> None:
     builder = NetworkBuilder((4096,))
     for number in range(4):
