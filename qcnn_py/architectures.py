@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from qcnn_py.config import LayerSettings
 from qcnn_py.errors import ConfigError
-from qcnn_py.network import Network, Node
+from qcnn_py.network import Network, Node, rounded_codebooks
 from qcnn_py.published_networks import published_network
 
 __all__ = ["conv_fc", "drawn_network"]
@@ -202,6 +202,7 @@ def _draw_weights(
     # Coordinates behind the last channel are padding.
     padding = n_subspaces * dsub - channels
     codebooks[:, -1, :, dsub - padding :] = 0
+    codebooks = rounded_codebooks(codebooks, settings.codebook_bits)
     codes = rng.integers(
         n_centroids,
         size=(out_channels, *kernel, n_subspaces),
@@ -213,6 +214,7 @@ def _draw_weights(
         "n_centroids": n_centroids,
         "subvector_dim": dsub,
         "codebook_groups": n_sets,
+        "codebook_bits": settings.codebook_bits,
     }
     return weights, {
         "codebooks": codebooks if n_sets > 1 else codebooks[0],

@@ -481,6 +481,7 @@ def _layer_entry(
         "n_subspaces": layer.n_subspaces,
         "n_centroids": layer.n_centroids,
         "subvector_dim": layer.subvector_dim,
+        "codebook_bits": layer.codebook_bits,
         "dense_bytes": layer.dense_bytes,
         "bytes": layer.bytes,
         "compression": layer.dense_bytes / layer.bytes,

@@ -110,6 +110,13 @@ class LayerSettings(Section):
             "Grouped convolution: one set of codebooks for all groups, or one each."
         ),
     )
+    codebook_bits: Literal[32, 16, 8] = Field(
+        default=16,
+        description=(
+            "How codewords are stored: 32: float32, 16: float16, 8: integers with a "
+            "scale per subspace. The network computes with what is stored."
+        ),
+    )
     calibration_images: int = Field(
         default=1000,
         ge=1,
@@ -261,8 +268,8 @@ class QuantizeConfig(LayerOverrides):
                 )
 
 
-class OptimizerConfig(Section):
-    """Training by gradient descent."""
+class DescentConfig(Section):
+    """Gradient descent: step sizes, length, early stopping."""
 
     optimizer: Literal["sgd", "adam"] = Field(
         default="adam", description="sgd: with Nesterov momentum. adam: Adam or AdamW."
@@ -285,23 +292,12 @@ class OptimizerConfig(Section):
         default=0, ge=0, description="Epochs over which the step size rises from zero."
     )
     momentum: float = Field(default=0.9, ge=0, lt=1, description="Momentum (sgd only).")
-    weight_decay: float = Field(
-        default=0.0,
-        ge=0,
-        description="Decoupled decay of the weights, not of the biases.",
-    )
     epochs: int = Field(
         default=20,
         ge=0,
         description="Passes over the training images; 0 changes nothing.",
     )
     batch_size: int = Field(default=64, ge=1, description="Images per step.")
-    dropout: float | None = Field(
-        default=None,
-        ge=0,
-        lt=1,
-        description="Dropout rate; null keeps the rates the network states.",
-    )
     patience: int = Field(
         default=0,
         ge=0,
@@ -309,6 +305,69 @@ class OptimizerConfig(Section):
             "Stop after this many epochs without a lower validation loss and keep "
             "the best parameters; 0 never stops early."
         ),
+    )
+
+
+class OptimizerConfig(DescentConfig):
+    """Training by gradient descent on labelled images."""
+
+    weight_decay: float = Field(
+        default=0.0,
+        ge=0,
+        description="Decoupled decay of the weights, not of the biases.",
+    )
+    dropout: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="Dropout rate; null keeps the rates the network states.",
+    )
+
+
+class DistillConfig(DescentConfig):
+    """Training of the finished network's codebooks on the original's outputs."""
+
+    learning_rate: float = Field(
+        default=3e-4,
+        gt=0,
+        description=(
+            "Highest step size; of each tensor, as a multiple of its root mean square."
+        ),
+    )
+    epochs: int = Field(
+        default=0, ge=0, description="Passes over the images; 0 changes nothing."
+    )
+    patience: int = Field(
+        default=5,
+        ge=1,
+        description=(
+            "Stop after this many epochs without a lower loss on the images held out. "
+            "The parameters with the lowest one are kept, be it the first ones."
+        ),
+    )
+    images: int = Field(
+        default=1000,
+        ge=2,
+        description="Training images (without labels) to learn from, held-out ones too.",
+    )
+    held_out: float = Field(
+        default=0.1,
+        gt=0,
+        lt=1,
+        description="Share of the images that only choose the epoch to keep.",
+    )
+    temperature: float = Field(
+        default=1.0,
+        gt=0,
+        description="Divides the logits of both networks before they are compared.",
+    )
+    flip: bool = Field(
+        default=False, description="Mirror half of the images of each step."
+    )
+    shift: int = Field(
+        default=0,
+        ge=0,
+        description="Move each image by up to so many pixels in each direction.",
     )
 
 
@@ -471,6 +530,13 @@ class PipelineConfig(Section):
         description=(
             "How the fully connected layers are trained on after the convolutions "
             "are quantised; epochs: 0 leaves them."
+        ),
+    )
+    distill: DistillConfig = Field(
+        default=DistillConfig(),
+        description=(
+            "How codebooks and biases of the finished network are trained to give "
+            "back the outputs of the original one; epochs: 0 leaves them."
         ),
     )
     benchmark: BenchmarkConfig = Field(

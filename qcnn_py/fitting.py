@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,19 +18,28 @@ import numpy as np
 import numpy.typing as npt
 import optax
 
-from qcnn_py.config import OptimizerConfig
+from qcnn_py.config import DescentConfig, OptimizerConfig
 from qcnn_py.errors import ConfigError, QcnnError
 from qcnn_py.jax_graph import Parameters, forward_function
 from qcnn_py.network import FloatArray, Network
 
-__all__ = ["Examples", "build_optimizer", "build_schedule", "fit"]
+__all__ = [
+    "NOT_LEARNT",
+    "Examples",
+    "build_optimizer",
+    "build_schedule",
+    "fit",
+    "mean_over_batches",
+    "minimize",
+    "without_softmax",
+]
 
 logger = logging.getLogger(__name__)
 
 _VALIDATION_BATCH = 1000
 
 # Statistics of batch normalisation: not changed by gradients.
-_NOT_LEARNT = (".mean", ".variance")
+NOT_LEARNT = (".mean", ".variance")
 
 
 @dataclass(frozen=True)
@@ -103,16 +112,10 @@ def fit(
             f"patience is {config.patience} without validation images, expected 0, or "
             "dataset.validation above 0"
         )
-    batch_size = min(config.batch_size, len(train.labels))
-    n_steps = len(train.labels) // batch_size
-    schedule = build_schedule(config, n_steps)
-    optimizer = build_optimizer(config, schedule)
-    logits = forward_function(_with_dropout(_without_softmax(network), config.dropout))
+    logits = forward_function(_with_dropout(without_softmax(network), config.dropout))
     parameters = {name: jnp.asarray(array) for name, array in network.tensors.items()}
-    fixed = {k: v for k, v in parameters.items() if k.endswith(_NOT_LEARNT)}
+    fixed = {k: v for k, v in parameters.items() if k.endswith(NOT_LEARNT)}
     learnt = {k: v for k, v in parameters.items() if k not in fixed}
-    state = optimizer.init(learnt)
-    dropout_key = jax.random.key(seed)
 
     def losses(
         learnt: Parameters, x: jax.Array, labels: jax.Array, key: jax.Array | None
@@ -121,16 +124,10 @@ def fit(
         each = optax.softmax_cross_entropy_with_integer_labels(scores, labels)
         return each.mean(), (scores.argmax(axis=1) == labels).mean()
 
-    @jax.jit
-    def step(
-        learnt: Parameters, state: Any, x: jax.Array, labels: jax.Array, number: int
-    ) -> tuple[Parameters, Any, jax.Array]:
-        key = jax.random.fold_in(dropout_key, number)
-        (loss, _), gradient = jax.value_and_grad(losses, has_aux=True)(
-            learnt, x, labels, key
-        )
-        updates, state = optimizer.update(gradient, state, learnt)
-        return optax.apply_updates(learnt, updates), state, loss
+    def loss(
+        learnt: Parameters, key: jax.Array, x: jax.Array, labels: jax.Array
+    ) -> jax.Array:
+        return losses(learnt, x, labels, key)[0]
 
     @jax.jit
     def assess(
@@ -143,46 +140,123 @@ def fit(
         return prepare(inputs) if prepare else inputs, examples.labels[chosen]
 
     def validate(learnt: Parameters) -> dict[str, float]:
-        n = len(validation.labels)
-        starts = range(0, n, _VALIDATION_BATCH)
-        parts = [
-            assess(learnt, *batch(validation, slice(i, i + _VALIDATION_BATCH)))
-            for i in starts
-        ]
-        weights = [min(_VALIDATION_BATCH, n - i) for i in starts]
-        loss, accuracy = np.average(
-            np.array(parts, np.float64), axis=0, weights=weights
+        if not len(validation.labels):
+            return {}
+        loss, accuracy = mean_over_batches(
+            lambda part: assess(learnt, *batch(validation, part)),
+            len(validation.labels),
         )
-        return {"validation_loss": float(loss), "validation_accuracy": float(accuracy)}
+        return {"validation_loss": loss, "validation_accuracy": accuracy}
+
+    best, history = minimize(
+        loss,
+        learnt,
+        n_examples=len(train.labels),
+        batch=lambda chosen, _: batch(train, chosen),
+        validate=validate,
+        config=config,
+        weight_decay=config.weight_decay,
+        seed=seed,
+    )
+    tensors = {name: np.asarray(array) for name, array in best.items()}
+    return network.replace(tensors=tensors), history
+
+
+def minimize(
+    loss: Callable[..., jax.Array],
+    parameters: Parameters,
+    *,
+    n_examples: int,
+    batch: Callable[[npt.NDArray[np.intp], np.random.Generator], tuple[Any, ...]],
+    validate: Callable[[Parameters], dict[str, float]],
+    config: DescentConfig,
+    weight_decay: float = 0.0,
+    seed: int,
+) -> tuple[Parameters, dict[str, Any]]:
+    """Descend on a loss; every epoch visits the examples once in a new order.
+
+    Examples that do not fill a last batch are left out of an epoch.
+
+    Parameters
+    ----------
+    loss : callable
+        ``loss(parameters, key, *arrays)``: scalar, differentiable; `key` is a new
+        random key for each step.
+    parameters : mapping of str to array
+        Where to start.
+    n_examples : int
+        Number of examples.
+    batch : callable
+        ``batch(numbers, rng)``: the arrays of the examples with these numbers.
+    validate : callable
+        Measures of some parameters, ``validation_loss`` among them, or none.
+    config : DescentConfig
+        Optimiser, schedule, early stopping.
+    weight_decay : float
+        Decoupled decay of the parameters called ``*.weight``.
+    seed : int
+        Seed of the order, of `batch` and of the keys.
+
+    Returns
+    -------
+    parameters : mapping of str to array
+        The last ones, or with early stopping those of the lowest validation loss.
+    history : dict
+        See `fit`.
+
+    Raises
+    ------
+    QcnnError
+        If the loss becomes infinite or NaN.
+    """
+    batch_size = min(config.batch_size, n_examples)
+    n_steps = n_examples // batch_size
+    schedule = build_schedule(config, n_steps)
+    optimizer = build_optimizer(config, schedule, weight_decay)
+    state = optimizer.init(parameters)
+    key = jax.random.key(seed)
+
+    @jax.jit
+    def step(
+        parameters: Parameters, state: Any, number: int, *arrays: Any
+    ) -> tuple[Parameters, Any, jax.Array]:
+        value, gradient = jax.value_and_grad(loss)(
+            parameters, jax.random.fold_in(key, number), *arrays
+        )
+        updates, state = optimizer.update(gradient, state, parameters)
+        return optax.apply_updates(parameters, updates), state, value
 
     rng = np.random.default_rng(seed)
-    initial = validate(learnt) if len(validation.labels) else {}
+    initial = validate(parameters)
+    if initial:
+        logger.info("before: %s", _shown(initial))
     epochs: list[dict[str, float]] = []
-    best_epoch, best = 0, learnt
+    best_epoch, best = 0, parameters
     best_loss = initial.get("validation_loss", math.inf)
     for epoch in range(1, config.epochs + 1):
-        order = rng.permutation(len(train.labels))[: n_steps * batch_size]
+        order = rng.permutation(n_examples)[: n_steps * batch_size]
         step_losses: list[jax.Array] = []
         for chosen in order.reshape(n_steps, batch_size):
             number = (epoch - 1) * n_steps + len(step_losses)
-            learnt, state, loss = step(learnt, state, *batch(train, chosen), number)
-            step_losses.append(loss)
+            parameters, state, value = step(
+                parameters, state, number, *batch(chosen, rng)
+            )
+            step_losses.append(value)
         entry: dict[str, float] = {
             "epoch": epoch,
             "learning_rate": float(schedule(epoch * n_steps)),
             "train_loss": float(np.mean(step_losses, dtype=np.float64)),
+            **validate(parameters),
         }
-        if len(validation.labels):
-            entry |= validate(learnt)
         epochs.append(entry)
-        logger.info(", ".join(f"{name} {value:.4g}" for name, value in entry.items()))
+        logger.info(_shown(entry))
         if not all(map(math.isfinite, entry.values())):
             raise QcnnError(
                 f"training diverged: {entry}, expected finite losses; a lower "
                 "learning_rate or some warmup_epochs may help"
             )
         if not config.patience or entry["validation_loss"] < best_loss:
-            best_epoch, best = epoch, learnt
+            best_epoch, best = epoch, parameters
             best_loss = entry.get("validation_loss", best_loss)
         elif epoch - best_epoch >= config.patience:
             break
@@ -192,11 +266,33 @@ def fit(
         "best_epoch": best_epoch,
         "stopped_early": len(epochs) < config.epochs,
     }
-    tensors = {name: np.asarray(array) for name, array in best.items()}
-    return network.replace(tensors=tensors), history
+    return best, history
 
 
-def _without_softmax(network: Network) -> Network:
+def _shown(measures: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in measures.items())
+
+
+def mean_over_batches(
+    measure: Callable[[slice], Sequence[Any]], n_examples: int
+) -> list[float]:
+    """Return the means of some measures over all examples, taken in batches.
+
+    Parameters
+    ----------
+    measure : callable
+        Means over the examples of a slice.
+    n_examples : int
+        Number of examples, at least one.
+    """
+    starts = range(0, n_examples, _VALIDATION_BATCH)
+    parts = [measure(slice(i, i + _VALIDATION_BATCH)) for i in starts]
+    weights = [min(_VALIDATION_BATCH, n_examples - i) for i in starts]
+    means = np.average(np.array(parts, np.float64), axis=0, weights=weights)
+    return [float(mean) for mean in means]
+
+
+def without_softmax(network: Network) -> Network:
     """Return the network up to its logits."""
     if network.output == network.input_name:
         return network
@@ -213,7 +309,7 @@ def _with_dropout(network: Network, rate: float | None) -> Network:
     )
 
 
-def build_schedule(config: OptimizerConfig, n_steps: int) -> optax.Schedule:
+def build_schedule(config: DescentConfig, n_steps: int) -> optax.Schedule:
     """Return the step size as a function of the steps done, `n_steps` an epoch."""
     warmup = config.warmup_epochs * n_steps
     rate = config.learning_rate
@@ -238,7 +334,7 @@ def build_schedule(config: OptimizerConfig, n_steps: int) -> optax.Schedule:
 
 
 def build_optimizer(
-    config: OptimizerConfig, schedule: optax.Schedule
+    config: DescentConfig, schedule: optax.Schedule, weight_decay: float = 0.0
 ) -> optax.GradientTransformation:
     """Return Adam or Nesterov's method; weights decay with the step size."""
     direction = (
@@ -252,6 +348,6 @@ def build_optimizer(
 
     return optax.chain(
         direction,
-        optax.add_decayed_weights(config.weight_decay, decayed),
+        optax.add_decayed_weights(weight_decay, decayed),
         optax.scale_by_learning_rate(schedule),
     )

@@ -12,12 +12,15 @@ import numpy.typing as npt
 from jax import lax
 
 from qcnn_py.errors import ConfigError
-from qcnn_py.network import Network
+from qcnn_py.network import Network, decode
 
-__all__ = ["Forward", "Parameters", "forward_function"]
+__all__ = ["Forward", "Parameters", "decoding_function", "forward_function"]
 
 Parameters = Mapping[str, jax.Array]
 Forward = Callable[[Parameters, jax.Array, jax.Array | None], jax.Array]
+
+# Groups of a convolution that are computed one by one.
+_MOST_PARTS = 8
 
 _Attributes = Mapping[str, Any]
 _Operation = Callable[[_Attributes, Sequence[jax.Array], Parameters], jax.Array]
@@ -42,7 +45,8 @@ def forward_function(network: Network) -> Forward:
     Raises
     ------
     ConfigError
-        If a layer is product-quantised.
+        If a layer is product-quantised (`decoding_function` makes dense weights of
+        its parameters).
     """
     for node in network.nodes:
         if node.quantized:
@@ -78,6 +82,33 @@ def forward_function(network: Network) -> Forward:
     return forward
 
 
+def decoding_function(network: Network) -> Callable[[Parameters], Parameters]:
+    """Return the function that makes dense weights of a network's codebooks.
+
+    Parameters
+    ----------
+    network : Network
+        Its codes are part of the function.
+
+    Returns
+    -------
+    callable
+        ``decoded(parameters)``: of parameters named like ``network.tensors``, codes
+        left out, those of ``network.decoded()``.
+    """
+    layers = {layer.name: layer for layer in network.layers if layer.quantized}
+
+    def decoded(parameters: Parameters) -> Parameters:
+        dense = dict(parameters)
+        for name, layer in layers.items():
+            codes = network.tensors[f"{name}.codes"]
+            books = dense.pop(f"{name}.codebooks")
+            dense[f"{name}.weight"] = decode(books, codes, layer.channels)
+        return dense
+
+    return decoded
+
+
 def _dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
     """Zero a share of the values and scale the others to keep the expectation."""
     kept = jax.random.bernoulli(key, 1 - rate, x.shape)
@@ -88,14 +119,28 @@ def _conv(
     attributes: _Attributes, operands: Sequence[jax.Array], own: Parameters
 ) -> jax.Array:
     top, left, bottom, right = attributes["padding"]
-    y = lax.conv_general_dilated(
-        operands[0],
-        own["weight"],
-        window_strides=attributes["stride"],
-        padding=((top, bottom), (left, right)),
-        rhs_dilation=attributes["dilation"],
-        dimension_numbers=("NCHW", "OIHW", "NCHW"),
-        feature_group_count=attributes["groups"],
+    x, weight, groups = operands[0], own["weight"], attributes["groups"]
+    # XLA's gradient of a grouped convolution is ten times slower on a CPU than
+    # those of one convolution per group, unless there are very many.
+    n_parts = groups if groups <= _MOST_PARTS else 1
+    y = jnp.concatenate(
+        [
+            lax.conv_general_dilated(
+                part,
+                kernels,
+                window_strides=attributes["stride"],
+                padding=((top, bottom), (left, right)),
+                rhs_dilation=attributes["dilation"],
+                dimension_numbers=("NCHW", "OIHW", "NCHW"),
+                feature_group_count=groups // n_parts,
+            )
+            for part, kernels in zip(
+                jnp.split(x, n_parts, axis=1),
+                jnp.split(weight, n_parts, axis=0),
+                strict=True,
+            )
+        ],
+        axis=1,
     )
     return y + own["bias"][:, None, None] if attributes["bias"] else y
 

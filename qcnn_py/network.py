@@ -19,14 +19,27 @@ import numpy as np
 import numpy.typing as npt
 
 from qcnn_py import _engine
-from qcnn_py.errors import ModelFormatError, ShapeError
+from qcnn_py.errors import ConfigError, ModelFormatError, ShapeError
 
 if TYPE_CHECKING:
     from qcnn_py.model import Model
 
-__all__ = ["LayerInfo", "Network", "Node", "QuantizedWeights"]
+__all__ = [
+    "LayerInfo",
+    "Network",
+    "Node",
+    "QuantizedWeights",
+    "decode",
+    "rounded_codebooks",
+]
 
 FloatArray = npt.NDArray[np.float32]
+# Where float16 rounds to infinity.
+_FLOAT16_OVERFLOW = 65520.0
+
+# Scales of 8-bit codebooks have to be normal float32 numbers with room below.
+_LEAST_SCALE = 2.0**-100
+
 CodeArray = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 
 
@@ -78,11 +91,16 @@ class QuantizedWeights:
         convolution, (C_out, M) for a fully connected layer.
     bias : ndarray of float32, shape (C_out,), or None
         Bias.
+    codebook_bits : {32, 16, 8}
+        How the codewords are stored: as float32, as float16, or as 8-bit integers
+        with one scale per subspace. `codebooks` holds what the stored form gives
+        back exactly, see :func:`rounded_codebooks`.
     """
 
     codebooks: FloatArray
     codes: CodeArray
     bias: FloatArray | None
+    codebook_bits: int = 32
 
     def decode(self, channels: int) -> FloatArray:
         """Return the dense weights the codes stand for.
@@ -98,16 +116,7 @@ class QuantizedWeights:
             Shape (C_out, channels, kh, kw) or (C_out, channels):
             ``W[o, m * dsub + j, y, x] = codebooks[m, codes[o, y, x, m], j]``.
         """
-        books = self.codebooks if self.codebooks.ndim == 4 else self.codebooks[None]
-        groups, n_subspaces, _, dsub = books.shape
-        codes = self.codes.reshape(groups, -1, n_subspaces)
-        group = np.arange(groups)[:, None, None]
-        subspace = np.arange(n_subspaces)
-        # (groups, outputs x positions, M, dsub) -> channels innermost.
-        vectors = books[group, subspace, codes]
-        flat = vectors.reshape(*self.codes.shape[:-1], n_subspaces * dsub)
-        weight = np.moveaxis(flat[..., :channels], -1, 1)
-        return np.ascontiguousarray(weight)
+        return np.ascontiguousarray(decode(self.codebooks, self.codes, channels))
 
 
 @dataclass(frozen=True)
@@ -130,6 +139,7 @@ class LayerInfo:
     n_subspaces: int | None
     n_centroids: int | None
     subvector_dim: int | None
+    codebook_bits: int | None
     dense_bytes: int
     bytes: int
     dense_operations: int
@@ -139,6 +149,78 @@ class LayerInfo:
     def channels(self) -> int:
         """Input channels of one group, or input features."""
         return self.input_shape[0] // self.groups
+
+
+def decode(codebooks: Any, codes: CodeArray, channels: int) -> Any:
+    """Return the dense weights that codes stand for.
+
+    Works on whatever indexes like an array, so that JAX can differentiate it.
+
+    Parameters
+    ----------
+    codebooks, codes, channels
+        See :class:`QuantizedWeights`.
+
+    Returns
+    -------
+    array
+        See :meth:`QuantizedWeights.decode`.
+    """
+    *sets, n_subspaces, n_centroids, dsub = codebooks.shape
+    # Number of the codeword among all of all subspaces and sets.
+    number = codes.reshape(*sets, -1, n_subspaces).astype(np.int32)
+    number += n_centroids * np.arange(n_subspaces, dtype=np.int32)
+    if sets:
+        first = n_centroids * n_subspaces * np.arange(*sets, dtype=np.int32)
+        number += first[:, None, None]
+    vectors = codebooks.reshape(-1, dsub)[number]
+    # Channels innermost.
+    flat = vectors.reshape(*codes.shape[:-1], n_subspaces * dsub)
+    return np.moveaxis(flat[..., :channels], -1, 1)
+
+
+def rounded_codebooks(codebooks: npt.NDArray[Any], bits: int) -> FloatArray:
+    """Round codewords to numbers that their stored form gives back exactly.
+
+    Parameters
+    ----------
+    codebooks : ndarray of float, shape (..., M, K, dsub)
+        Codewords; zeros where the last sub-vector is padded.
+    bits : {32, 16, 8}
+        See :class:`QuantizedWeights`. With 8, each subspace's largest number becomes
+        127 or -127 times a scale of 16 significant bits.
+
+    Returns
+    -------
+    ndarray of float32
+        Same shape.
+
+    Raises
+    ------
+    ConfigError
+        If `bits` is none of the three, or a number is too large for it.
+    """
+    values = codebooks.astype(np.float32)
+    match bits:
+        case 32:
+            return values
+        case 16:
+            largest = float(np.abs(values).max(initial=0))
+            if largest >= _FLOAT16_OVERFLOW:
+                raise ConfigError(
+                    f"codebook_bits is 16 for a codeword with the number {largest:g}, "
+                    f"expected numbers below {_FLOAT16_OVERFLOW:g}, or codebook_bits 32"
+                )
+            return values.astype(np.float16).astype(np.float32)
+        case 8:
+            scale = np.abs(values).max(axis=(-2, -1), keepdims=True) / np.float32(127)
+            # Products with 7-bit integers are then exact in float32.
+            scale = ((scale.view(np.uint32) + 0x80) & 0xFFFFFF00).view(np.float32)
+            # What is smaller does not show in any response.
+            scale[scale < _LEAST_SCALE] = 0
+            integers = np.rint(values / np.where(scale == 0, np.inf, scale))
+            return np.asarray(integers * scale, np.float32)
+    raise ConfigError(f"codebook_bits is {bits}, expected 32, 16 or 8")
 
 
 class Network:
@@ -378,6 +460,7 @@ class Network:
                 n_subspaces=None,
                 n_centroids=None,
                 subvector_dim=None,
+                codebook_bits=None,
                 bytes=dense_bytes,
                 operations=dense_operations,
             )
@@ -385,12 +468,17 @@ class Network:
         n_subspaces, n_centroids = pq["n_subspaces"], pq["n_centroids"]
         n_codes = output_shape[0] * prod(kernel) * n_subspaces
         code_bits = max(1, (n_centroids - 1).bit_length())
-        codebook_bytes = 4 * pq["codebook_groups"] * n_centroids * channels
+        n_sets, codebook_bits = pq["codebook_groups"], pq["codebook_bits"]
+        codebook_bytes = codebook_bits // 8 * n_sets * n_centroids * channels
+        if codebook_bits == 8:
+            # The scales.
+            codebook_bytes += 4 * n_sets * n_subspaces
         return LayerInfo(
             **common,
             n_subspaces=n_subspaces,
             n_centroids=n_centroids,
             subvector_dim=pq["subvector_dim"],
+            codebook_bits=codebook_bits,
             bytes=codebook_bytes + -(-n_codes * code_bits // 8) + bias_bytes,
             operations=prod(input_shape) * n_centroids + positions * n_codes,
         )
@@ -434,6 +522,7 @@ class Network:
             "n_centroids": books.shape[2],
             "subvector_dim": books.shape[3],
             "codebook_groups": books.shape[0],
+            "codebook_bits": weights.codebook_bits,
         }
         parts = {"weight": None, "codebooks": codebooks, "codes": codes}
         return self._with_weights(name, pq, parts, weights.bias)
@@ -463,6 +552,7 @@ class Network:
             codebooks=self.tensors[f"{name}.codebooks"],
             codes=self.tensors[f"{name}.codes"],
             bias=self.tensors.get(f"{name}.bias"),
+            codebook_bits=self.node(name).attributes["weights"]["codebook_bits"],
         )
 
     def decoded(self) -> Network:

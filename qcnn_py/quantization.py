@@ -20,7 +20,13 @@ from qcnn_py.artefacts import load_arrays, save_arrays
 from qcnn_py.config import LayerKind, LayerSettings, QuantizeConfig
 from qcnn_py.error_correction import CoordinateDescent
 from qcnn_py.errors import ConfigError, DatasetError, ModelFormatError
-from qcnn_py.network import FloatArray, LayerInfo, Network, QuantizedWeights
+from qcnn_py.network import (
+    FloatArray,
+    LayerInfo,
+    Network,
+    QuantizedWeights,
+    rounded_codebooks,
+)
 from qcnn_py.product_quantizer import ProductQuantizer
 from qcnn_py.statistics import Array64, LayerGeometry, SecondMoments, draw_positions
 
@@ -125,14 +131,16 @@ class QuantizedLayer:
         tensors, metadata = load_arrays(path)
         try:
             metrics = metadata["metrics"]
+            settings = LayerSettings.from_mapping(metadata["settings"])
             return cls(
                 layer=metadata["layer"],
                 weights=QuantizedWeights(
                     codebooks=tensors["codebooks"],
                     codes=tensors["codes"],
                     bias=tensors.get("bias"),
+                    codebook_bits=settings.codebook_bits,
                 ),
-                settings=LayerSettings.from_mapping(metadata["settings"]),
+                settings=settings,
                 seed=metadata["seed"],
                 metrics=LayerMetrics(
                     **{**metrics, "objective": tuple(metrics["objective"])}
@@ -368,7 +376,9 @@ def quantize_from_moments(
         )
         descent.seed(settings.kmeans_restarts, seed)
         objective = descent.run(settings.max_rounds, settings.tolerance)
-        weights = _pack(descent.codebooks, descent.codes, weight.shape)
+        weights = _pack(
+            descent.codebooks, descent.codes, weight.shape, settings.codebook_bits
+        )
         columns = _columns(weights.decode(info.channels), info.groups)
     if settings.bias_correction:
         bias = moments.best_bias(columns).astype(np.float32).reshape(-1)
@@ -454,6 +464,7 @@ def _cluster_weights(
         np.stack([quantizer.codebooks_ for quantizer in quantizers]),
         np.stack([quantizer.codes_ for quantizer in quantizers]),
         weight.shape,
+        settings.codebook_bits,
     )
 
 
@@ -464,16 +475,20 @@ def _columns(weight: FloatArray, groups: int) -> Array64:
 
 
 def _pack(
-    codebooks: Array64, codes: npt.NDArray[Any], shape: tuple[int, ...]
+    codebooks: Array64,
+    codes: npt.NDArray[Any],
+    shape: tuple[int, ...],
+    codebook_bits: int,
 ) -> QuantizedWeights:
     """Bring codebooks (sets, M, K, dsub) and codes (..., M) into the stored form."""
     n_sets, n_subspaces, n_centroids, _ = codebooks.shape
     books = codebooks if n_sets > 1 else codebooks[0]
     stored = codes.reshape(shape[0], *shape[2:], n_subspaces)
     return QuantizedWeights(
-        codebooks=books.astype(np.float32),
+        codebooks=rounded_codebooks(books, codebook_bits),
         codes=(
             stored.astype(np.uint8) if n_centroids <= 256 else stored.astype(np.uint16)
         ),
         bias=None,
+        codebook_bits=codebook_bits,
     )

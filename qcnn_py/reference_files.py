@@ -290,6 +290,7 @@ def _read_layer(
         "n_centroids": n_centroids,
         "subvector_dim": dsub,
         "codebook_groups": 1,
+        "codebook_bits": 32,
     }
     return weights, {"codebooks": codebooks, "codes": codes, "bias": bias}
 

@@ -34,7 +34,8 @@ __all__ = ["build_pipeline_report", "build_speed_report"]
 StrPath = str | PathLike[str]
 
 # The networks that are evaluated, in the order they come to be, and what of each.
-_STAGES = ("original", "conv_quantized", "finetuned", "final")
+# There is none before distillation where that changes nothing.
+_STAGES = ("original", "conv_quantized", "finetuned", "requantized", "final")
 _EVALUATED = ("n", "top1", "top5", "predictions")
 
 _PACKAGES = ("jax", "matplotlib", "optax", "scikit-learn", "scipy", "snakemake")
@@ -49,7 +50,8 @@ def build_pipeline_report(
     config: Mapping[str, Any],
     command: str,
     evaluations: Sequence[StrPath],
-    histories: Sequence[StrPath],
+    finetuning: Sequence[StrPath],
+    distillation: Sequence[StrPath],
     layers: Sequence[StrPath],
     timings: Sequence[StrPath],
     dataset: StrPath,
@@ -72,8 +74,8 @@ def build_pipeline_report(
         The command line that builds the report anew.
     evaluations
         ``evaluation.json`` of each replicate, in order.
-    histories
-        ``finetuning.json`` of each replicate, in order.
+    finetuning, distillation
+        ``finetuning.json`` and ``distillation.json`` of each replicate, in order.
     layers
         Artefacts of the quantised layers (``<layer>.safetensors``), of all replicates,
         each layer's in the order of the replicates.
@@ -119,7 +121,8 @@ def build_pipeline_report(
             "n_test": data.size("test"),
         },
         "accuracy": _accuracy(replicates),
-        "finetuning": [_read(path) for path in histories],
+        "finetuning": [_read(path) for path in finetuning],
+        "distillation": [_read(path) for path in distillation],
         "examples": {
             "n_images": len(changed),
             "n_changed": int(changed.sum()),
@@ -219,13 +222,17 @@ def _statistics(values: Iterable[float]) -> dict[str, Any]:
 
 
 def _read_evaluations(paths: Sequence[StrPath]) -> list[list[dict[str, Any]]]:
-    """Return the results of each replicate, stage by stage."""
+    """Return the results of each replicate, stage by stage, with the stages' names."""
     replicates = []
     for path in paths:
         try:
             stages = _read(path)["stages"]
             replicates.append(
-                [{key: stages[stage][key] for key in _EVALUATED} for stage in _STAGES]
+                [
+                    {"name": stage, **{key: stages[stage][key] for key in _EVALUATED}}
+                    for stage in _STAGES
+                    if stage in stages or stage != "requantized"
+                ]
             )
         except KeyError as error:
             raise ModelFormatError(f"{path}: lacks {error}") from error
@@ -243,11 +250,11 @@ def _accuracy(replicates: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, An
         "n_images": [stages[0]["n"] for stages in replicates],
         "stages": [
             {
-                "name": name,
+                "name": stage["name"],
                 "top1": _statistics(percentages(index, "top1")),
                 "top5": _statistics(percentages(index, "top5")),
             }
-            for index, name in enumerate(_STAGES)
+            for index, stage in enumerate(replicates[0])
         ],
         "points_lost": _statistics(lost),
     }

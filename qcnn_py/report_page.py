@@ -39,8 +39,12 @@ _STAGE_LABELS = {
     "original": ("original", "original"),
     "conv_quantized": ("convolutions quantised", "conv\nquantised"),
     "finetuned": ("fully connected layers fine-tuned", "fine-\ntuned"),
+    "requantized": ("everything quantised", "all\nquantised"),
     "final": ("everything quantised", "all\nquantised"),
 }
+
+# Of the finished model, if it was distilled.
+_DISTILLED_LABEL = ("codebooks distilled", "distilled")
 
 _RULE_LABELS = {
     "prepare_dataset": "read and split the images",
@@ -50,6 +54,7 @@ _RULE_LABELS = {
     "extract_features": "compute features",
     "finetune_fc": "fine-tune",
     "requantize_fc_layer": "quantise",
+    "distill_codebooks": "distil",
     "evaluate_models": "evaluate",
     "benchmark_model": "speed test",
 }
@@ -428,6 +433,7 @@ def _pipeline_sections(report: Mapping[str, Any]) -> list[Section]:
         _size_section(report),
         *_response_sections(report),
         *_finetuning_sections(report),
+        *_distillation_sections(report),
         _speed_section(report),
         _layer_speed_section(report),
     ]
@@ -445,7 +451,7 @@ def _accuracy_section(report: Mapping[str, Any]) -> Section:
     accuracy = report["accuracy"]
     stages = accuracy["stages"]
     means = [stage["top1"]["mean"] for stage in stages]
-    conv, finetuning, fc = (b - a for a, b in pairwise(means))
+    conv, finetuning, fc, *distillation = (b - a for a, b in pairwise(means))
     if conv < -0.005 and finetuning >= -conv:
         heading = "Fine-tuning won back all that the convolutions cost"
     elif conv < -0.005 and finetuning > 0.005:
@@ -463,6 +469,10 @@ def _accuracy_section(report: Mapping[str, Any]) -> Section:
         f"{_signed(finetuning)} when the fully connected layers were fine-tuned and "
         f"{_signed(fc)} when they were quantised too."
     ]
+    words += [
+        f"Distillation of the original's outputs changed it by {_signed(change)}."
+        for change in distillation
+    ]
     n_replicates = len(accuracy["n_images"])
     caption = "Top-1 accuracy in percent after each stage"
     if n_replicates > 1:
@@ -472,6 +482,8 @@ def _accuracy_section(report: Mapping[str, Any]) -> Section:
         )
         caption += f": mean of {n_replicates} replicates, and each of them"
     labels = [_STAGE_LABELS[stage["name"]] for stage in stages]
+    if distillation:
+        labels[-1] = _DISTILLED_LABEL
     drawing = figures.stages(
         [short for _, short in labels],
         [stage["top1"]["values"] for stage in stages],
@@ -555,11 +567,12 @@ def _size_section(report: Mapping[str, Any]) -> Section:
     )
     table = Table(
         "Codebooks and bytes",
-        ["layer", f"C{_PRIME}/K", "before", "after", "smaller"],
+        ["layer", f"C{_PRIME}/K", "codebook bits", "before", "after", "smaller"],
         [
             [
                 layer["name"],
                 _codebook(layer),
+                layer["codebook_bits"] or "",
                 f"{layer['dense_bytes']:,}",
                 f"{layer['bytes']:,}",
                 _times(layer["compression"]),
@@ -668,7 +681,44 @@ def _hundredfold(statistics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _finetuning_sections(report: Mapping[str, Any]) -> list[Section]:
-    histories = [each for each in report["finetuning"] if each["epochs"]]
+    return _training_sections(
+        report["finetuning"],
+        name="finetuning",
+        subject="Fine-tuning",
+        title="Fine-tuning of the fully connected layers",
+        loss="Cross-entropy",
+        watched="validation",
+        words="The convolutions stay as they were quantised; the fully connected "
+        "layers learn to live with what those put out. Epoch 0 is before the "
+        "first step.",
+    )
+
+
+def _distillation_sections(report: Mapping[str, Any]) -> list[Section]:
+    return _training_sections(
+        report["distillation"],
+        name="distillation",
+        subject="Distillation",
+        title="Distillation of the original's outputs",
+        loss="Divergence from the original",
+        watched="held-out",
+        words="Codes stay as they are; codebooks and biases learn, without labels, to "
+        "give back what the original network puts out. The held-out images only "
+        "choose the epoch to keep; epoch 0 is before the first step.",
+    )
+
+
+def _training_sections(
+    histories: Sequence[Mapping[str, Any]],
+    *,
+    name: str,
+    subject: str,
+    title: str,
+    loss: str,
+    watched: str,
+    words: str,
+) -> list[Section]:
+    histories = [each for each in histories if each["epochs"]]
     if not histories:
         return []
 
@@ -676,40 +726,37 @@ def _finetuning_sections(report: Mapping[str, Any]) -> list[Section]:
         figures.Curve(1, _column(each["epochs"], "train_loss"), -1, figures.BEFORE)
         for each in histories
     ]
-    panels = [("Cross-entropy", training)]
+    panels = [(loss, training)]
     key = [("before", "training images")]
     validated = all(each["initial"] for each in histories)
-    if validated:
-        key.append(("after", "validation images"))
-        losses, accuracies = (
-            [
-                figures.Curve(
-                    0,
-                    [
-                        factor * value
-                        for value in _column(
-                            [each["initial"], *each["epochs"]], measure
-                        )
-                    ],
-                    each["best_epoch"],
-                    figures.AFTER,
-                )
-                for each in histories
-            ]
-            for measure, factor in (
-                ("validation_loss", 1),
-                ("validation_accuracy", 100),
+
+    def watched_curves(measure: str, factor: float) -> list[figures.Curve]:
+        return [
+            figures.Curve(
+                0,
+                [
+                    factor * value
+                    for value in _column([each["initial"], *each["epochs"]], measure)
+                ],
+                each["best_epoch"],
+                figures.AFTER,
             )
-        )
-        training += losses
-        panels.append(("Accuracy in percent", accuracies))
+            for each in histories
+        ]
+
+    if validated:
+        key.append(("after", f"{watched} images"))
+        training += watched_curves("validation_loss", 1)
+        if "validation_accuracy" in histories[0]["initial"]:
+            accuracies = watched_curves("validation_accuracy", 100)
+            panels.append(("Accuracy in percent", accuracies))
     best = sorted(each["best_epoch"] for each in histories)
     kept = f"{best[0]}" if best[0] == best[-1] else f"{best[0]} to {best[-1]}"
     drawing = figures.curves(
         panels,
-        name="finetuning",
-        title="Fine-tuning of the fully connected layers",
-        description=f"Loss and accuracy by epoch; parameters kept from epoch {kept}.",
+        name=name,
+        title=title,
+        description=f"{loss} by epoch; parameters kept from epoch {kept}.",
     )
     header = ["replicate", "epochs", "kept", "last training loss"]
     rows = [
@@ -722,7 +769,7 @@ def _finetuning_sections(report: Mapping[str, Any]) -> list[Section]:
         for index, each in enumerate(histories)
     ]
     if validated:
-        header += ["validation loss before", "kept"]
+        header += [f"{watched} loss before", "kept"]
         for row, each in zip(rows, histories, strict=True):
             values = _column([each["initial"], *each["epochs"]], "validation_loss")
             row += [f"{values[epoch]:.4f}" for epoch in (0, each["best_epoch"])]
@@ -730,13 +777,9 @@ def _finetuning_sections(report: Mapping[str, Any]) -> list[Section]:
     caption += "; the dot is what was kept." if validated else "."
     return [
         Section(
-            "finetuning",
-            f"Fine-tuning kept the parameters of epoch {kept}",
-            [
-                "The convolutions stay as they were quantised; the fully connected "
-                "layers learn to live with what those put out. Epoch 0 is before the "
-                "first step."
-            ],
+            name,
+            f"{subject} kept the parameters of epoch {kept}",
+            [words],
             [Chart(Markup(drawing), caption, key)],
             [Table("Every replicate", header, rows)],
         )

@@ -56,8 +56,8 @@ def evaluation(replicate: int) -> dict:
         predictions = [0] * (N_TEST - wrong) + [1] * wrong
         return {"n": N_TEST, "top1": top1, "top5": 1.0, "predictions": predictions}
 
-    stages = ("original", "conv_quantized", "finetuned", "final")
-    shares = np.subtract([0.98, 0.96, 0.975, 0.97], replicate / 100)
+    stages = ("original", "conv_quantized", "finetuned", "requantized", "final")
+    shares = np.subtract([0.98, 0.96, 0.975, 0.965, 0.97], replicate / 100)
     return {
         "stages": {
             name: stage(float(share), wrong)
@@ -98,14 +98,20 @@ def artefacts(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("run")
     data = dataset()
     network = conv_fc((1, 8, 8), (4,), (6,), 3, metadata=data.metadata())
-    inputs: dict = {"evaluations": [], "histories": [], "layers": [], "timings": []}
+    lists = ("evaluations", "finetuning", "distillation", "layers", "timings")
+    inputs: dict = {name: [] for name in lists}
     model = network
     for replicate in range(N_REPLICATES):
         place = folder / str(replicate)
         save_json(place / "evaluation.json", evaluation(replicate))
         inputs["evaluations"].append(place / "evaluation.json")
         save_json(place / "finetuning.json", history())
-        inputs["histories"].append(place / "finetuning.json")
+        inputs["finetuning"].append(place / "finetuning.json")
+        distillation = history()
+        for entry in (distillation["initial"], *distillation["epochs"]):
+            del entry["validation_accuracy"]
+        save_json(place / "distillation.json", distillation)
+        inputs["distillation"].append(place / "distillation.json")
         for name, error in (("conv1", 0.01), ("fc1", 0.03)):
             layer = quantized_layer(name, network, error * (1 + replicate))
             layer.save(place / f"{name}.safetensors")
@@ -280,11 +286,11 @@ def test_without_peers_no_other_engine_is_spoken_of(pipeline):
 
 def test_examples_come_from_changed_and_other_predictions(pipeline):
     examples = pipeline["examples"]
-    # The last three of the first replicate's predictions differ.
-    assert (examples["n_images"], examples["n_changed"]) == (N_TEST, 3)
+    # The last four of the first replicate's predictions differ.
+    assert (examples["n_images"], examples["n_changed"]) == (N_TEST, 4)
     indices = [image["index"] for image in examples["images"]]
     assert len(set(indices)) == 4
-    assert [index >= N_TEST - 3 for index in indices] == [True, True, False, False]
+    assert [index >= N_TEST - 4 for index in indices] == [True, True, False, False]
 
 
 def test_title_defaults_to_the_run(built):
@@ -360,13 +366,21 @@ def one_replicate(report):
                 stage[key]["spread"] = None
                 del stage[key]["values"][1:]
     del report["accuracy"]["n_images"][1:]
-    del report["finetuning"][1:]
+    for training in ("finetuning", "distillation"):
+        del report[training][1:]
 
 
 def no_epochs(report):
     report["finetuning"] = [
         {"initial": {}, "epochs": [], "best_epoch": 0, "stopped_early": False}
     ] * N_REPLICATES
+
+
+def no_distillation(report):
+    report["distillation"] = [
+        {"initial": {}, "epochs": [], "best_epoch": 0, "stopped_early": False}
+    ] * N_REPLICATES
+    del report["accuracy"]["stages"][-2]
 
 
 def first_parameters_kept(report):
@@ -433,7 +447,8 @@ def no_examples(report):
     [
         (one_replicate, "points of accuracy"),
         (no_epochs, "points of accuracy"),
-        (first_parameters_kept, "parameters of epoch 0"),
+        (no_distillation, "and -0.50 when they were quantised too."),
+        (first_parameters_kept, "Fine-tuning kept the parameters of epoch 0"),
         (no_validation, "training images"),
         (nothing_quantized, "No layer was quantised"),
         (within_the_spread, "Equally fast"),
@@ -462,7 +477,7 @@ def test_unusual_reports_are_drawn_too(pipeline, change, words):
         ("evaluations", {}, "lacks 'stages'"),
         ("benchmark", {"environment": {}}, "lacks 'layers'"),
         ("benchmark", [], "expected a JSON object"),
-        ("histories", {"epochs": []}, r"finetuning\[0\]: .* is a required property"),
+        ("finetuning", {"epochs": []}, r"finetuning\[0\]: .* is a required property"),
     ],
 )
 def test_artefacts_that_lack_something_are_refused(

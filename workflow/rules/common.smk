@@ -105,6 +105,11 @@ def finetune_settings(wildcards):
     return settings_of(wildcards, "finetune")
 
 
+def distill_settings(wildcards):
+    """Return the settings of distillation in a run."""
+    return settings_of(wildcards, "distill")
+
+
 def benchmark_settings(wildcards):
     """Return the settings of a run's speed test."""
     return settings_of(wildcards, "benchmark")
@@ -269,6 +274,18 @@ def finetuning_histories(wildcards):
     return all_replicates(wildcards, f"{REPLICATE}/finetuning.json")
 
 
+def distillation_histories(wildcards):
+    """Return the histories of distillation of all replicates."""
+    return all_replicates(wildcards, f"{REPLICATE}/distillation.json")
+
+
+def undistilled_model(wildcards):
+    """Return the model before distillation, if that changes it."""
+    if not CONFIG.runs[wildcards.run].distill.epochs:
+        return []
+    return [f"{REPLICATE}/assembled.qcnn"]
+
+
 def all_quantized_layers(wildcards):
     """Return the artefacts of all quantised layers of all replicates."""
     layers = quantized_conv_layers(wildcards) + requantized_fc_layers(wildcards)
@@ -288,6 +305,7 @@ def timings(wildcards):
         "extract_features",
         "finetune_fc",
         *(f"requantize_fc_layer.{name}" for name in fc),
+        "distill_codebooks",
         "evaluate_models",
     ]
     files = [f"{REPLICATE}/timings/{stage}.tsv" for stage in stages]

@@ -7,7 +7,8 @@ rule evaluate_models:
         original=rules.prepare_network.output.network,
         layers=quantized_conv_layers,
         finetuned=rules.finetune_fc.output.network,
-        final=rules.assemble_model.output.model,
+        requantized=undistilled_model,
+        final=rules.distill_codebooks.output.model,
     output:
         evaluation=f"{REPLICATE}/evaluation.json",
     log:

@@ -55,7 +55,7 @@ rule assemble_model:
         network=f"{REPLICATE}/finetuned.qcnn",
         layers=requantized_fc_layers,
     output:
-        model=f"{REPLICATE}/model.qcnn",
+        network=f"{REPLICATE}/assembled.qcnn",
     log:
         f"{RUN}/logs/{{replicate}}/assemble_model.log",
     conda:
@@ -63,9 +63,33 @@ rule assemble_model:
     params:
         code=code_of("assemble_model"),
     message:
-        "{wildcards.run}/{wildcards.replicate}: assembling the model"
+        "{wildcards.run}/{wildcards.replicate}: assembling the quantised network"
     script:
         "../scripts/assemble_model.py"
+
+
+rule distill_codebooks:
+    input:
+        dataset=rules.prepare_dataset.output.dataset,
+        original=rules.prepare_network.output.network,
+        quantized=rules.assemble_model.output.network,
+    output:
+        model=f"{REPLICATE}/model.qcnn",
+        history=f"{REPLICATE}/distillation.json",
+    log:
+        f"{RUN}/logs/{{replicate}}/distill_codebooks.log",
+    benchmark:
+        f"{REPLICATE}/timings/distill_codebooks.tsv"
+    conda:
+        "../envs/qcnn.yaml"
+    params:
+        config=distill_settings,
+        seed=replicate_seed,
+        code=code_of("distill_codebooks"),
+    message:
+        "{wildcards.run}/{wildcards.replicate}: training codebooks on the original's outputs"
+    script:
+        "../scripts/distill_codebooks.py"
 
 
 rule publish_model:

@@ -4,7 +4,8 @@
 rule report_pipeline:
     input:
         evaluations=evaluations,
-        histories=finetuning_histories,
+        finetuning=finetuning_histories,
+        distillation=distillation_histories,
         layers=all_quantized_layers,
         timings=timings,
         dataset=f"{RUN}/replicates/0/dataset.safetensors",

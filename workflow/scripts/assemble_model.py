@@ -6,4 +6,4 @@ from qcnn_py.workflow import reporting
 
 with reporting(snakemake.log[0]):
     network = Network.load(snakemake.input.network)
-    apply_layers(network, snakemake.input.layers).save(snakemake.output.model)
+    apply_layers(network, snakemake.input.layers).save(snakemake.output.network)

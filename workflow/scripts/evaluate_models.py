@@ -14,7 +14,9 @@ with reporting(snakemake.log[0]):
         "original": original,
         "conv_quantized": apply_layers(original, snakemake.input.layers),
         "finetuned": Network.load(snakemake.input.finetuned),
-        "final": Network.load(snakemake.input.final),
     }
+    for path in snakemake.input.requantized:
+        networks["requantized"] = Network.load(path)
+    networks["final"] = Network.load(snakemake.input.final)
     results = {stage: evaluate(network, dataset) for stage, network in networks.items()}
     save_json(snakemake.output.evaluation, {"stages": results})

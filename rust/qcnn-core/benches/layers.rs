@@ -9,7 +9,7 @@ use std::fmt;
 use divan::Bencher;
 use divan::counter::ItemsCount;
 use qcnn_core::geometry::ConvGeometry;
-use qcnn_core::graph::PqGeometry;
+use qcnn_core::graph::{CodebookBits, PqGeometry};
 use qcnn_core::kernels::{ConvLayer, FcLayer, Kernel, Weights, conv_kernels, fc_kernels};
 use qcnn_core::{Isa, Precision};
 
@@ -129,6 +129,7 @@ fn bench_conv(bencher: Bencher<'_, '_>, case: &Case<Conv>, quantized: bool) {
         n_centroids: 128,
         subvector_dim: 8,
         codebook_groups: 1,
+        codebook_bits: CodebookBits::Float32,
     };
     let codes_len = geometry.out_channels * geometry.taps() * pq.n_subspaces;
     let codebooks = floats(pq.n_subspaces * pq.n_centroids * pq.subvector_dim);
@@ -218,6 +219,7 @@ fn bench_fc(bencher: Bencher<'_, '_>, case: &Case<Fc>, quantized: bool) {
         n_centroids: fc.n_centroids,
         subvector_dim: fc.subvector_dim,
         codebook_groups: 1,
+        codebook_bits: CodebookBits::Float32,
     };
     let codes_len = fc.outputs * pq.n_subspaces;
     let codebooks = floats(pq.n_subspaces * pq.n_centroids * pq.subvector_dim);

@@ -9,10 +9,11 @@
 //! `<node>.codebooks` is stored without the padding of the last subspace as
 //! `(K, channels)` or `(groups, K, channels)`: row `k` holds codeword `k` of
 //! every subspace side by side, so that channel `c` of a sub-vector with code
-//! `k` is element `(k, c)`.
+//! `k` is element `(k, c)`. Its numbers are `F32`, `F16` or `I8`, the last ones
+//! with a tensor of scales, `<node>.codebook_scales` ([`crate::codebooks`]).
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
@@ -20,9 +21,10 @@ use std::sync::Arc;
 use safetensors::{Dtype, SafeTensors, View};
 use serde::{Deserialize, Serialize};
 
+use crate::codebooks;
 use crate::error::{Error, Result, bail_format};
 use crate::graph::{
-    Geometry, Graph, Layout, Network, PqGeometry, Tensor, TensorData, TensorSpec, Tensors,
+    CodebookBits, Content, Graph, Layout, Network, PqGeometry, Tensor, TensorData, Tensors,
 };
 use crate::pack::{SharedBytes, pack, packed_len};
 
@@ -113,19 +115,19 @@ fn from_buffer(buffer: &Arc<Vec<u8>>) -> Result<Network> {
     let Header { graph, .. } = serde_json::from_str(header).map_err(bad_header)?;
     let layout = graph.layout()?;
     let stored = SafeTensors::deserialize(bytes).map_err(refused)?;
-    let mut tensors = Tensors::new();
+    let expected = StoredTensor::all_of(&layout);
+    let mut found: HashMap<&str, SharedBytes> = HashMap::new();
     for (name, view) in stored.iter() {
-        let Some(spec) = layout.tensors.get(name) else {
+        let Some(expected) = expected.get(name) else {
             bail_format!("tensor {name:?} belongs to no node of the graph");
         };
-        let on_disk = OnDisk::of(name, spec, &layout, &graph);
-        if view.dtype() != on_disk.dtype || view.shape() != on_disk.shape {
+        if view.dtype() != expected.dtype || view.shape() != expected.shape {
             bail_format!(
                 "tensor {name:?} is {:?} of shape {:?}, expected {:?} of shape {:?}",
                 view.dtype(),
                 view.shape(),
-                on_disk.dtype,
-                on_disk.shape
+                expected.dtype,
+                expected.shape
             );
         }
         let Some(info) = metadata.info(name) else {
@@ -134,9 +136,34 @@ fn from_buffer(buffer: &Arc<Vec<u8>>) -> Result<Network> {
         let start = size_of::<u64>() + header_len;
         let (first, end) = info.data_offsets;
         let bytes = SharedBytes::new(Arc::clone(buffer), start + first..start + end);
-        let data = on_disk.decode(bytes);
+        found.insert(name, bytes);
+    }
+    let mut tensors = Tensors::new();
+    for (name, spec) in &layout.tensors {
+        // What is missing is named by Network::new, but for what it does not know.
+        let Some(bytes) = found.get(name.as_str()) else {
+            continue;
+        };
+        let data = match spec.content {
+            Content::Floats => TensorData::F32(floats(bytes)),
+            Content::Codes(_) => TensorData::PackedCodes(bytes.clone()),
+            Content::Codebooks { pq, channels } => {
+                let name = scales_name(name);
+                let scales = match (expected.get(&name), found.get(name.as_str())) {
+                    (None, _) => Vec::new(),
+                    (Some(_), Some(scales)) => floats(scales),
+                    (Some(scales), None) => {
+                        bail_format!(
+                            "tensor {name:?} is missing, expected shape {:?}",
+                            scales.shape
+                        )
+                    }
+                };
+                TensorData::F32(codebooks::decode(pq, channels, bytes, &scales))
+            }
+        };
         let shape = spec.shape.clone();
-        tensors.insert(name.to_owned(), Tensor { shape, data });
+        tensors.insert(name.clone(), Tensor { shape, data });
     }
     Network::new(graph, tensors)
 }
@@ -148,20 +175,23 @@ pub fn to_bytes(network: &Network) -> Result<Vec<u8>> {
         graph: network.graph().clone(),
     };
     let header = serde_json::to_string(&header).expect("a graph has only string keys");
-    let views = network.tensors().iter().map(|(name, tensor)| {
-        let spec = &network.layout().tensors[name];
-        let on_disk = OnDisk::of(name, spec, network.layout(), network.graph());
-        (name, EncodedTensor { on_disk, tensor })
-    });
+    let views = StoredTensor::all_of(network.layout())
+        .into_iter()
+        .map(|(name, stored)| {
+            let tensor = &network.tensors()[&stored.source];
+            (name, EncodedTensor { stored, tensor })
+        });
     let metadata = HashMap::from([(METADATA_KEY.to_owned(), header)]);
     safetensors::serialize(views, Some(metadata))
         .map_err(|e| Error::Format(format!("cannot be written as safetensors: {e}")))
 }
 
-/// How a tensor is stored.
-struct OnDisk {
+/// A tensor of a file.
+struct StoredTensor {
     dtype: Dtype,
     shape: Vec<usize>,
+    /// Name of the network's tensor that it is made of.
+    source: String,
     encoding: Encoding,
 }
 
@@ -171,73 +201,76 @@ enum Encoding {
     Codes {
         bits: u32,
     },
-    /// `(sets, M, K, dsub)` in memory, `(sets, K, channels)` on disk.
     Codebooks {
+        pq: PqGeometry,
+        channels: usize,
+    },
+    /// The scales of 8-bit codebooks.
+    Scales {
         pq: PqGeometry,
         channels: usize,
     },
 }
 
-impl OnDisk {
-    /// `name` and `spec` are an entry of `layout.tensors`.
-    fn of(name: &str, spec: &TensorSpec, layout: &Layout, graph: &Graph) -> Self {
-        if let Some(pq) = spec.codes {
-            let n = spec.shape.iter().product();
-            let bits = pq.code_bits();
-            return Self {
-                dtype: Dtype::U8,
-                shape: vec![packed_len(n, bits)],
-                encoding: Encoding::Codes { bits },
-            };
-        }
-        if let Some(node) = name.strip_suffix(".codebooks") {
-            let index = graph.nodes.iter().position(|n| n.name == node);
-            let found = match index.map(|i| &layout.geometries[i]) {
-                Some(Geometry::Conv(conv, Some(pq))) => Some((*pq, conv.group_in_channels())),
-                Some(&Geometry::Fc(inputs, _, Some(pq))) => Some((pq, inputs)),
-                _ => None,
-            };
-            if let Some((pq, channels)) = found {
-                let mut shape = vec![pq.n_centroids, channels];
-                if pq.codebook_groups > 1 {
-                    shape.insert(0, pq.codebook_groups);
-                }
-                return Self {
-                    dtype: Dtype::F32,
-                    shape,
-                    encoding: Encoding::Codebooks { pq, channels },
-                };
-            }
-        }
-        Self {
-            dtype: Dtype::F32,
-            shape: spec.shape.clone(),
-            encoding: Encoding::Floats,
-        }
-    }
+/// Name of the scales of the codebooks called `codebooks`.
+fn scales_name(codebooks: &str) -> String {
+    // `<node>.codebooks` has `<node>.codebook_scales`.
+    format!(
+        "{}_scales",
+        codebooks.strip_suffix('s').unwrap_or(codebooks)
+    )
+}
 
-    /// `bytes` has the length that `dtype` and `shape` imply.
-    fn decode(&self, bytes: SharedBytes) -> TensorData {
-        let floats = || -> Vec<f32> {
-            let (chunks, _) = bytes.as_chunks::<4>();
-            chunks.iter().map(|b| f32::from_le_bytes(*b)).collect()
-        };
-        match self.encoding {
-            Encoding::Floats => TensorData::F32(floats()),
-            Encoding::Codes { .. } => TensorData::PackedCodes(bytes),
-            Encoding::Codebooks { pq, channels } => {
-                let stored = floats();
-                let mut books =
-                    vec![
-                        0.0;
-                        pq.codebook_groups * pq.n_subspaces * pq.n_centroids * pq.subvector_dim
-                    ];
-                for_each_codeword(pq, channels, |padded, real| {
-                    books[padded..padded + real.len()].copy_from_slice(&stored[real]);
-                });
-                TensorData::F32(books)
+impl StoredTensor {
+    /// All tensors of the file of a network, by name.
+    fn all_of(layout: &Layout) -> BTreeMap<String, Self> {
+        let mut all = BTreeMap::new();
+        for (name, spec) in &layout.tensors {
+            let mut add = |name: String, source: &str, dtype, shape, encoding| {
+                let stored = Self {
+                    dtype,
+                    shape,
+                    source: source.to_owned(),
+                    encoding,
+                };
+                all.insert(name, stored);
+            };
+            match spec.content {
+                Content::Floats => add(
+                    name.clone(),
+                    name,
+                    Dtype::F32,
+                    spec.shape.clone(),
+                    Encoding::Floats,
+                ),
+                Content::Codes(pq) => {
+                    let bits = pq.code_bits();
+                    let shape = vec![packed_len(spec.shape.iter().product(), bits)];
+                    let encoding = Encoding::Codes { bits };
+                    add(name.clone(), name, Dtype::U8, shape, encoding);
+                }
+                Content::Codebooks { pq, channels } => {
+                    let per_set = |shape: &[usize]| {
+                        let sets = (pq.codebook_groups > 1).then_some(pq.codebook_groups);
+                        sets.into_iter().chain(shape.iter().copied()).collect()
+                    };
+                    let dtype = match pq.codebook_bits {
+                        CodebookBits::Float32 => Dtype::F32,
+                        CodebookBits::Float16 => Dtype::F16,
+                        CodebookBits::Int8 => Dtype::I8,
+                    };
+                    let shape = per_set(&[pq.n_centroids, channels]);
+                    let encoding = Encoding::Codebooks { pq, channels };
+                    add(name.clone(), name, dtype, shape, encoding);
+                    if pq.codebook_bits == CodebookBits::Int8 {
+                        let shape = per_set(&[pq.n_subspaces]);
+                        let encoding = Encoding::Scales { pq, channels };
+                        add(scales_name(name), name, Dtype::F32, shape, encoding);
+                    }
+                }
             }
         }
+        all
     }
 
     fn encode<'a>(&self, data: &'a TensorData) -> Cow<'a, [u8]> {
@@ -246,12 +279,10 @@ impl OnDisk {
             (_, TensorData::PackedCodes(packed)) => Cow::Borrowed(packed),
             (&Encoding::Codes { bits }, TensorData::Codes(codes)) => Cow::Owned(pack(codes, bits)),
             (&Encoding::Codebooks { pq, channels }, TensorData::F32(books)) => {
-                let mut stored = vec![0.0; pq.codebook_groups * pq.n_centroids * channels];
-                for_each_codeword(pq, channels, |padded, real| {
-                    let n = real.len();
-                    stored[real].copy_from_slice(&books[padded..padded + n]);
-                });
-                Cow::Owned(bytes(&stored))
+                Cow::Owned(codebooks::encode(pq, channels, books))
+            }
+            (&Encoding::Scales { pq, channels }, TensorData::F32(books)) => {
+                Cow::Owned(bytes(&codebooks::scales(pq, channels, books)))
             }
             (_, TensorData::F32(floats)) => Cow::Owned(bytes(floats)),
             (_, TensorData::Codes(_)) => unreachable!("a network's codes have a code spec"),
@@ -259,46 +290,31 @@ impl OnDisk {
     }
 }
 
-/// Call `visit(start of the codeword in memory, its range on disk)` for each.
-fn for_each_codeword(
-    pq: PqGeometry,
-    channels: usize,
-    mut visit: impl FnMut(usize, std::ops::Range<usize>),
-) {
-    for set in 0..pq.codebook_groups {
-        for m in 0..pq.n_subspaces {
-            let first = m * pq.subvector_dim;
-            let real = pq.subvector_dim.min(channels - first);
-            for k in 0..pq.n_centroids {
-                let in_memory =
-                    ((set * pq.n_subspaces + m) * pq.n_centroids + k) * pq.subvector_dim;
-                let on_disk = (set * pq.n_centroids + k) * channels + first;
-                visit(in_memory, on_disk..on_disk + real);
-            }
-        }
-    }
+fn floats(bytes: &[u8]) -> Vec<f32> {
+    let (chunks, _) = bytes.as_chunks::<4>();
+    chunks.iter().map(|b| f32::from_le_bytes(*b)).collect()
 }
 
 struct EncodedTensor<'a> {
-    on_disk: OnDisk,
+    stored: StoredTensor,
     tensor: &'a Tensor,
 }
 
 impl View for EncodedTensor<'_> {
     fn dtype(&self) -> Dtype {
-        self.on_disk.dtype
+        self.stored.dtype
     }
 
     fn shape(&self) -> &[usize] {
-        &self.on_disk.shape
+        &self.stored.shape
     }
 
     fn data(&self) -> Cow<'_, [u8]> {
-        self.on_disk.encode(&self.tensor.data)
+        self.stored.encode(&self.tensor.data)
     }
 
     fn data_len(&self) -> usize {
-        self.on_disk.shape.iter().product::<usize>() * self.on_disk.dtype.bitsize() / 8
+        self.stored.shape.iter().product::<usize>() * self.stored.dtype.bitsize() / 8
     }
 }
 
@@ -307,13 +323,19 @@ mod tests {
     use super::*;
 
     fn network() -> Network {
+        network_with(CodebookBits::Float32)
+    }
+
+    /// The codebooks of `conv1` have numbers that all forms give back.
+    fn network_with(bits: CodebookBits) -> Network {
         let graph = r#"{
             "input": {"name": "input", "shape": [6, 4, 4]},
             "nodes": [
                 {"name": "conv1", "inputs": ["input"], "op": {"type": "conv", "out_channels": 4,
                  "kernel": [3, 3], "stride": [1, 1], "padding": [1, 1, 1, 1], "dilation": [1, 1],
                  "groups": 2, "bias": true, "weights": {"type": "product_quantized",
-                 "n_subspaces": 2, "n_centroids": 5, "subvector_dim": 2, "codebook_groups": 2}}},
+                 "n_subspaces": 2, "n_centroids": 5, "subvector_dim": 2, "codebook_groups": 2,
+                 "codebook_bits": BITS}}},
                 {"name": "flat", "inputs": ["conv1"], "op": {"type": "flatten"}},
                 {"name": "fc1", "inputs": ["flat"], "op": {"type": "fc", "out_features": 3,
                  "bias": false, "weights": {"type": "dense"}}}
@@ -321,17 +343,20 @@ mod tests {
             "output": "fc1",
             "metadata": {"class_names": ["a", "b", "c"]}
         }"#;
-        let graph = Graph::from_json(graph).unwrap();
+        let graph = graph.replace("BITS", &u8::from(bits).to_string());
+        let graph = Graph::from_json(&graph).unwrap();
         let mut tensors = Tensors::new();
         for (name, spec) in &graph.layout().unwrap().tensors {
             let n: usize = spec.shape.iter().product();
-            let data = if spec.codes.is_some() {
+            let data = if spec.codes().is_some() {
                 TensorData::Codes((0..n).map(|i| (i * 7 % 5) as u16).collect())
             } else {
                 let mut floats: Vec<f32> = (0..n).map(|i| (i as f32).sin()).collect();
                 if name == "conv1.codebooks" {
                     // Three channels a group: the second subspace has one pad.
                     for (i, v) in floats.iter_mut().enumerate() {
+                        let largest = i % 10 == 4;
+                        *v = if largest { 127.0 } else { (*v * 127.0).round() } / 64.0;
                         if i / 10 % 2 == 1 && i % 2 == 1 {
                             *v = 0.0;
                         }
@@ -345,37 +370,102 @@ mod tests {
         Network::new(graph, tensors).unwrap()
     }
 
+    const ALL_BITS: [CodebookBits; 3] = [
+        CodebookBits::Float32,
+        CodebookBits::Float16,
+        CodebookBits::Int8,
+    ];
+
     #[test]
     fn round_trip_is_exact_and_deterministic() {
-        let network = network();
-        let bytes = to_bytes(&network).unwrap();
-        let again = from_bytes(&bytes).unwrap();
-        assert_eq!(again.graph(), network.graph());
-        for (name, tensor) in network.tensors() {
-            match &tensor.data {
-                // They stay packed.
-                TensorData::Codes(codes) => {
-                    let node = name.strip_suffix(".codes").unwrap();
-                    assert_eq!(again.codes(node, &mut Vec::new()).unwrap(), codes);
+        for bits in ALL_BITS {
+            let network = network_with(bits);
+            let bytes = to_bytes(&network).unwrap();
+            let again = from_bytes(&bytes).unwrap();
+            assert_eq!(again.graph(), network.graph());
+            for (name, tensor) in network.tensors() {
+                match &tensor.data {
+                    // They stay packed.
+                    TensorData::Codes(codes) => {
+                        let node = name.strip_suffix(".codes").unwrap();
+                        assert_eq!(again.codes(node, &mut Vec::new()).unwrap(), codes);
+                    }
+                    _ => assert_eq!(again.tensors()[name], *tensor, "{bits:?}"),
                 }
-                _ => assert_eq!(again.tensors()[name], *tensor),
             }
+            assert_eq!(to_bytes(&again).unwrap(), bytes);
         }
-        assert_eq!(to_bytes(&again).unwrap(), bytes);
     }
 
     #[test]
     fn codebooks_are_stored_without_padding() {
+        for (bits, dtype) in ALL_BITS
+            .into_iter()
+            .zip([Dtype::F32, Dtype::F16, Dtype::I8])
+        {
+            let bytes = to_bytes(&network_with(bits)).unwrap();
+            let stored = SafeTensors::deserialize(&bytes).unwrap();
+            let codebooks = stored.tensor("conv1.codebooks").unwrap();
+            assert_eq!(codebooks.shape(), [2, 5, 3]);
+            assert_eq!(codebooks.dtype(), dtype);
+            // 4 outputs x 9 taps x 2 subspaces x 3 bits.
+            assert_eq!(stored.tensor("conv1.codes").unwrap().shape(), [27]);
+            match (bits, stored.tensor("conv1.codebook_scales")) {
+                (CodebookBits::Int8, scales) => {
+                    let scales = scales.unwrap();
+                    assert_eq!(scales.shape(), [2, 2]);
+                    assert_eq!(floats(scales.data()), [1.0 / 64.0; 4]);
+                }
+                (_, scales) => assert!(scales.is_err()),
+            }
+        }
+    }
+
+    #[test]
+    fn files_that_name_no_bits_hold_float32() {
         let bytes = to_bytes(&network()).unwrap();
-        let stored = SafeTensors::deserialize(&bytes).unwrap();
-        assert_eq!(stored.tensor("conv1.codebooks").unwrap().shape(), [2, 5, 3]);
-        // 4 outputs x 9 taps x 2 subspaces x 3 bits.
-        assert_eq!(stored.tensor("conv1.codes").unwrap().shape(), [27]);
+        let header_len = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let header = std::str::from_utf8(&bytes[8..8 + header_len]).unwrap();
+        let older = header.replace(r#",\"codebook_bits\":32"#, "");
+        assert!(older.len() < header.len());
+        let mut file = (older.len() as u64).to_le_bytes().to_vec();
+        file.extend_from_slice(older.as_bytes());
+        file.extend_from_slice(&bytes[8 + header_len..]);
+        let again = from_bytes(&file).unwrap();
+        assert_eq!(again.graph(), network().graph());
+    }
+
+    #[test]
+    fn numbers_that_the_stored_form_does_not_give_back_are_refused() {
+        for (bits, bad) in [
+            (CodebookBits::Float16, 1.0 + 1e-4),
+            (CodebookBits::Float16, 1e5),
+            (CodebookBits::Int8, 1.5 / 64.0),
+            (CodebookBits::Int8, 128.0 / 64.0),
+        ] {
+            let network = network_with(bits);
+            let mut tensors = network.tensors().clone();
+            let codebooks = tensors.get_mut("conv1.codebooks").unwrap();
+            let TensorData::F32(books) = &mut codebooks.data else {
+                unreachable!("codebooks are floats");
+            };
+            books[3] = bad;
+            let message = Network::new(network.graph().clone(), tensors)
+                .unwrap_err()
+                .to_string();
+            let named = format!("at element 3, which codebooks of {} bits", u8::from(bits));
+            // Another largest number is another scale: the first number is off.
+            let first = named.replace("element 3", "element 0");
+            assert!(
+                message.contains(&named) || message.contains(&first),
+                "{message}"
+            );
+        }
     }
 
     #[test]
     fn every_truncation_is_refused() {
-        let bytes = to_bytes(&network()).unwrap();
+        let bytes = to_bytes(&network_with(CodebookBits::Int8)).unwrap();
         for n in 0..bytes.len() {
             assert!(
                 from_bytes(&bytes[..n]).is_err(),
@@ -387,7 +477,7 @@ mod tests {
 
     #[test]
     fn flipped_bytes_never_panic() {
-        let bytes = to_bytes(&network()).unwrap();
+        let bytes = to_bytes(&network_with(CodebookBits::Int8)).unwrap();
         for i in 0..bytes.len() {
             for flip in [1, 0x80, 0xff] {
                 let mut bad = bytes.clone();

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use serde::{Deserialize, Serialize};
 
+use crate::codebooks::first_inexact;
 use crate::error::{Result, bail_format, bail_shape};
 use crate::geometry::{ConvGeometry, PoolGeometry, checked_product};
 use crate::pack::{SharedBytes, check_packed, unpack};
@@ -57,7 +58,47 @@ pub enum Weights {
         subvector_dim: usize,
         /// Sets of codebooks: 1 shared by all groups, or one per group.
         codebook_groups: usize,
+        /// How codewords are stored.
+        #[serde(default)]
+        codebook_bits: CodebookBits,
     },
+}
+
+/// Bits of a number in a codebook on disk. In memory it is an f32, one of those
+/// that the stored form gives back exactly.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "u8", try_from = "u8")]
+pub enum CodebookBits {
+    /// f32; also what files say that do not say anything.
+    #[default]
+    Float32,
+    /// IEEE half precision.
+    Float16,
+    /// Integers from -127 to 127, with one scale per subspace.
+    Int8,
+}
+
+impl From<CodebookBits> for u8 {
+    fn from(bits: CodebookBits) -> Self {
+        match bits {
+            CodebookBits::Float32 => 32,
+            CodebookBits::Float16 => 16,
+            CodebookBits::Int8 => 8,
+        }
+    }
+}
+
+impl TryFrom<u8> for CodebookBits {
+    type Error = String;
+
+    fn try_from(bits: u8) -> std::result::Result<Self, String> {
+        match bits {
+            32 => Ok(Self::Float32),
+            16 => Ok(Self::Float16),
+            8 => Ok(Self::Int8),
+            _ => Err(format!("codebook_bits is {bits}, expected 32, 16 or 8")),
+        }
+    }
 }
 
 /// Operations. Sizes are `[height, width]`, paddings `[top, left, bottom, right]`.
@@ -215,6 +256,8 @@ pub struct PqGeometry {
     pub subvector_dim: usize,
     /// Sets of codebooks: 1, or one per group.
     pub codebook_groups: usize,
+    /// How codewords are stored.
+    pub codebook_bits: CodebookBits,
 }
 
 impl PqGeometry {
@@ -224,6 +267,7 @@ impl PqGeometry {
             n_centroids,
             subvector_dim,
             codebook_groups,
+            codebook_bits,
         } = weights
         else {
             return Ok(None);
@@ -249,6 +293,7 @@ impl PqGeometry {
             n_centroids,
             subvector_dim,
             codebook_groups,
+            codebook_bits,
         }))
     }
 
@@ -271,8 +316,34 @@ impl PqGeometry {
 pub struct TensorSpec {
     /// Extent of each dimension.
     pub shape: Vec<usize>,
-    /// For codes, the geometry they index; `None` for float32 parameters.
-    pub codes: Option<PqGeometry>,
+    /// What its elements are.
+    pub content: Content,
+}
+
+impl TensorSpec {
+    /// For codes, the geometry they index.
+    pub fn codes(&self) -> Option<PqGeometry> {
+        match self.content {
+            Content::Codes(pq) => Some(pq),
+            Content::Floats | Content::Codebooks { .. } => None,
+        }
+    }
+}
+
+/// What the elements of a tensor are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// Finite float32 parameters.
+    Floats,
+    /// Codebooks for so many channels.
+    Codebooks {
+        /// Shape, and how they are stored.
+        pq: PqGeometry,
+        /// Channels of one group.
+        channels: usize,
+    },
+    /// Codes below the geometry's number of codewords.
+    Codes(PqGeometry),
 }
 
 /// Resolved geometry of a node.
@@ -556,16 +627,28 @@ fn node_tensors(
     geometry: &Geometry,
     input: &[usize],
 ) -> Result<Vec<(&'static str, TensorSpec)>> {
-    let float = |shape: Vec<usize>| TensorSpec { shape, codes: None };
+    let float = |shape: Vec<usize>| TensorSpec {
+        shape,
+        content: Content::Floats,
+    };
     let weights = |dense: Vec<usize>, codes: Vec<usize>, pq: Option<PqGeometry>| match pq {
         None => vec![("weight", float(dense))],
         Some(pq) => vec![
-            ("codebooks", float(pq.codebooks_shape())),
+            (
+                "codebooks",
+                TensorSpec {
+                    shape: pq.codebooks_shape(),
+                    content: Content::Codebooks {
+                        pq,
+                        channels: dense[1],
+                    },
+                },
+            ),
             (
                 "codes",
                 TensorSpec {
                     shape: codes,
-                    codes: Some(pq),
+                    content: Content::Codes(pq),
                 },
             ),
         ],
@@ -673,7 +756,7 @@ impl Network {
     pub fn codes<'a>(&'a self, node: &str, buffer: &'a mut Vec<u16>) -> Option<&'a [u16]> {
         let name = format!("{node}.codes");
         let spec = self.layout.tensors.get(&name)?;
-        let pq = spec.codes?;
+        let pq = spec.codes()?;
         match &self.tensors[&name].data {
             TensorData::Codes(codes) => Some(codes),
             TensorData::PackedCodes(bytes) => {
@@ -704,13 +787,35 @@ fn check_tensor(name: &str, spec: &TensorSpec, tensor: &Tensor) -> Result<()> {
             codes[i], pq.n_centroids
         ))
     };
-    let (found, problem) = match (&tensor.data, &spec.codes) {
-        (TensorData::F32(data), None) => (
-            data.len(),
-            data.iter()
-                .position(|v| !v.is_finite())
-                .map(|i| format!("is {} at element {i}, expected finite numbers", data[i])),
-        ),
+    let not_finite = |data: &[f32]| {
+        let i = data.iter().position(|v| !v.is_finite())?;
+        Some(format!(
+            "is {} at element {i}, expected finite numbers",
+            data[i]
+        ))
+    };
+    let inexact = |data: &[f32], pq: PqGeometry, channels: usize| {
+        // Of another length it is refused below.
+        let i = (data.len() == elements).then(|| first_inexact(pq, channels, data))??;
+        Some(format!(
+            "is {} at element {i}, which codebooks of {} bits do not give back, \
+             expected numbers rounded to them",
+            data[i],
+            u8::from(pq.codebook_bits)
+        ))
+    };
+    let codes = spec.codes();
+    let (found, problem) = match (&tensor.data, &codes) {
+        (TensorData::F32(data), None) => {
+            let problem = not_finite(data);
+            let problem = match spec.content {
+                Content::Codebooks { pq, channels } => {
+                    problem.or_else(|| inexact(data, pq, channels))
+                }
+                Content::Floats | Content::Codes(_) => problem,
+            };
+            (data.len(), problem)
+        }
         (TensorData::Codes(data), Some(pq)) => (data.len(), too_large(data, pq)),
         (TensorData::PackedCodes(bytes), Some(pq)) => {
             let bits = pq.code_bits();

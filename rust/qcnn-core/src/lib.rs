@@ -24,6 +24,7 @@
 //! [`session::Session`] plans it for one ISA (packed weights, kernels, buffers)
 //! and runs it in a [`session::Workspace`] without allocating.
 
+pub mod codebooks;
 pub mod container;
 pub mod error;
 pub mod geometry;

@@ -151,7 +151,7 @@ impl PyNetwork {
             } else {
                 let node = name.strip_suffix(".codes").unwrap_or(name);
                 let codes = self.network.codes(node, &mut buffer).unwrap_or_default();
-                let spec = self.network.layout().tensors[name].codes;
+                let spec = self.network.layout().tensors[name].codes();
                 if spec.is_some_and(|pq| pq.n_centroids <= 256) {
                     let narrow: Vec<u8> = codes.iter().map(|&c| c as u8).collect();
                     narrow.to_pyarray(py).into_any()

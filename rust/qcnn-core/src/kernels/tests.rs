@@ -6,7 +6,7 @@ use super::permute::chunk_len;
 use super::{Candidate, ConvLayer, FcLayer, Kernel, Weights, scalar};
 use super::{conv_kernels, conv_kernels_of, fc_kernels, fc_kernels_of};
 use crate::geometry::ConvGeometry;
-use crate::graph::PqGeometry;
+use crate::graph::{CodebookBits, PqGeometry};
 use crate::isa::{Isa, Portable, Simd};
 use crate::precision::Precision;
 
@@ -81,6 +81,7 @@ impl Parameters {
             n_centroids: pq.n_centroids,
             subvector_dim: pq.subvector_dim,
             codebook_groups: if pq.per_group { groups } else { 1 },
+            codebook_bits: CodebookBits::Float32,
         };
         let codebooks =
             geometry.codebook_groups * geometry.n_subspaces * pq.n_centroids * pq.subvector_dim;
@@ -392,6 +393,7 @@ fn reference_on_a_case_done_by_hand() {
                 n_centroids: 2,
                 subvector_dim: 3,
                 codebook_groups: 1,
+                codebook_bits: CodebookBits::Float32,
             },
             // The third channel of each codeword is padding.
             codebooks: &[1.0, 2.0, 99.0, 10.0, 20.0, 99.0],

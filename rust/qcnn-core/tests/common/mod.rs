@@ -64,7 +64,7 @@ pub fn quantized(n_subspaces: usize, n_centroids: usize, subvector_dim: usize) -
 
 fn random_tensor(random: &mut Random, name: &str, spec: &TensorSpec) -> Tensor {
     let len = spec.shape.iter().product();
-    let data = match spec.codes {
+    let data = match spec.codes() {
         Some(pq) => TensorData::Codes(
             (0..len)
                 .map(|_| (random.next() % pq.n_centroids as u64) as u16)
