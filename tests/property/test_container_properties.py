@@ -14,11 +14,13 @@ import pytest
 from graph_strategies import networks
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from random_networks import NetworkBuilder, Quantized
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from qcnn_py import ModelFormatError, Network, QcnnError
+from qcnn_py.network import rounded_codebooks
 
 
 def save(network: Network) -> bytes:
@@ -51,10 +53,10 @@ def use_or_refuse(data: bytes) -> None:
 @cache
 def sample() -> bytes:
     b = NetworkBuilder((6, 5, 5))
-    b.conv(4, 3, groups=2, name="conv", quantized=Quantized(5, 2, True))
+    b.conv(4, 3, groups=2, name="conv", quantized=Quantized(5, 2, True, 8))
     b.batch_norm()
     b.pool("max_pool", 2)
-    b.fc(3, name="fc1", quantized=Quantized(300, 4))
+    b.fc(3, name="fc1", quantized=Quantized(300, 4, codebook_bits=16))
     b.fc(2, name="fc2")
     b.add("softmax", name="prob")
     return save(b.build(metadata={"class_names": ["a", "b"], "mean": [0.5]}))
@@ -115,7 +117,7 @@ def test_layer_bytes_are_those_of_the_file(builder: NetworkBuilder) -> None:
     network = builder.build()
     _, stored = contents_of(save(network))
     for layer in network.layers:
-        parts = ("weight", "bias", "codebooks", "codes")
+        parts = ("weight", "bias", "codebooks", "codebook_scales", "codes")
         size = sum(
             stored[f"{layer.name}.{p}"].nbytes
             for p in parts
@@ -277,7 +279,7 @@ def test_code_beyond_the_codebook() -> None:
         load(file_of(entry, tensors))
 
 
-@pytest.mark.parametrize("name", ["conv.codebooks", "fc2.weight", "conv.bias"])
+@pytest.mark.parametrize("name", ["fc1.codebooks", "fc2.weight", "conv.bias"])
 @pytest.mark.parametrize("value", [np.nan, np.inf], ids=str)
 def test_non_finite_parameters(name: str, value: float) -> None:
     entry, tensors = contents_of(sample())
@@ -294,7 +296,7 @@ def test_missing_reshaped_or_retyped_tensor(name: str) -> None:
         None,
         original[..., None],
         original[:-1],
-        original.astype(np.float16),
+        original.astype(np.float64),
         original.astype(np.int32),
     ):
         changed = {k: v for k, v in tensors.items() if k != name}
@@ -302,6 +304,61 @@ def test_missing_reshaped_or_retyped_tensor(name: str) -> None:
             changed[name] = np.ascontiguousarray(wrong)
         with pytest.raises(QcnnError, match=name):
             load(file_of(entry, changed))
+
+
+@given(
+    arrays(
+        np.float32,
+        st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 4)),
+        elements=st.floats(-60000, 60000, width=32),
+    ),
+    st.sampled_from([32, 16, 8]),
+)
+def test_rounded_codebooks_are_stored_exactly(books: np.ndarray, bits: int) -> None:
+    rounded = rounded_codebooks(books, bits)
+    n_subspaces, n_centroids, dsub = books.shape
+    builder = NetworkBuilder((n_subspaces * dsub, 1, 1))
+    quantized = Quantized(n_centroids, dsub, codebook_bits=bits)
+    builder.conv(2, 1, name="conv", quantized=quantized)
+    network = builder.build().replace(tensors={"conv.codebooks": rounded})
+    np.testing.assert_array_equal(
+        load(save(network)).tensors["conv.codebooks"], rounded
+    )
+    # Half a unit in the last place of float16, half a step of 8 bits.
+    largest = np.abs(books).max(axis=(1, 2), keepdims=True)
+    allowed = {
+        32: 0.0,
+        16: np.maximum(np.abs(books) * 2.0**-11, 2.0**-25),
+        8: largest / 127 * 0.501 + 1e-27,
+    }
+    assert (np.abs(rounded - books) <= allowed[bits]).all()
+    np.testing.assert_array_equal(rounded_codebooks(rounded, bits), rounded)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        # An integer without a partner that is 127 has another scale.
+        ("conv.codebooks", lambda integers: integers // 2),
+        ("conv.codebooks", lambda integers: np.full_like(integers, -128)),
+        ("conv.codebook_scales", lambda scales: scales * np.float32(1 + 2**-20)),
+        ("conv.codebook_scales", lambda scales: scales * np.float32(np.inf)),
+        ("conv.codebook_scales", lambda scales: scales * np.float32(-1)),
+    ],
+)
+def test_scales_that_are_not_the_codewords(name: str, change: Any) -> None:
+    entry, tensors = contents_of(sample())
+    tensors[name] = change(tensors[name])
+    with pytest.raises(ModelFormatError, match=r"conv\.codebooks"):
+        load(file_of(entry, tensors))
+
+
+@pytest.mark.parametrize("bits", [0, 7, 15, 64, 300, -8, "8"])
+def test_unknown_codebook_bits(bits: Any) -> None:
+    entry, tensors = contents_of(sample())
+    entry["graph"]["nodes"][0]["op"]["weights"]["codebook_bits"] = bits
+    with pytest.raises(ModelFormatError, match=r"codebook_bits|u8|integer"):
+        load(file_of(entry, tensors))
 
 
 def test_unknown_version_is_named() -> None:

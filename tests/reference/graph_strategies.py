@@ -33,6 +33,7 @@ def quantizations(draw: st.DrawFn) -> Quantized | None:
         # Long sub-vectors too: without them the engine would decode, not look up.
         subvector_dim=draw(st.integers(1, 16)),
         per_group=draw(st.booleans()),
+        codebook_bits=draw(st.sampled_from([32, 16, 8])),
     )
 
 

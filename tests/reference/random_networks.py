@@ -10,6 +10,7 @@ from numpy_executor import OPERATIONS
 
 import qcnn_py
 from qcnn_py import Node
+from qcnn_py.network import rounded_codebooks
 
 Size = int | tuple[int, int]
 
@@ -21,6 +22,7 @@ class Quantized:
     n_centroids: int
     subvector_dim: int
     per_group: bool = False
+    codebook_bits: int = 32
 
 
 def pair(size: Size) -> list[int]:
@@ -187,6 +189,7 @@ class NetworkBuilder:
         sets = groups if quantized.per_group else 1
         codebooks = self.normal(sets, m, k, dsub, scale=scale)
         codebooks[:, -1, :, channels - (m - 1) * dsub :] = 0
+        codebooks = rounded_codebooks(codebooks, quantized.codebook_bits)
         codes = self.rng.integers(k, size=(outputs, *taps, m))
         tensors["codebooks"] = codebooks if sets > 1 else codebooks[0]
         tensors["codes"] = codes.astype(np.uint8 if k <= 256 else np.uint16)
@@ -196,6 +199,7 @@ class NetworkBuilder:
             "n_centroids": k,
             "subvector_dim": dsub,
             "codebook_groups": sets,
+            "codebook_bits": quantized.codebook_bits,
         }
         return weights, tensors
 

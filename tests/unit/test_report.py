@@ -447,7 +447,7 @@ def no_examples(report):
     [
         (one_replicate, "points of accuracy"),
         (no_epochs, "points of accuracy"),
-        (no_distillation, "and -0.50 when they were quantised too."),
+        (no_distillation, "and \N{MINUS SIGN}0.50 when they were quantised too."),
         (first_parameters_kept, "Fine-tuning kept the parameters of epoch 0"),
         (no_validation, "training images"),
         (nothing_quantized, "No layer was quantised"),

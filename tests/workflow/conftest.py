@@ -37,6 +37,7 @@ TINY = {
                 "max_rounds": 3,
             },
             "finetune": {"epochs": 1, "batch_size": 16},
+            "distill": {"epochs": 1, "images": 50},
             "benchmark": {"repeats": 1, "batches": 2, "warmup": 1},
         }
     }

@@ -5,14 +5,14 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-AFTER_FINETUNING = {
-    "requantize_fc_layer": 2,
-    "assemble_model": 1,
+DISTILLATION = {
+    "distill_codebooks": 1,
     "evaluate_models": 1,
     "publish_model": 1,
     "benchmark_model": 1,
     "report_pipeline": 1,
 }
+AFTER_FINETUNING = {"requantize_fc_layer": 2, "assemble_model": 1, **DISTILLATION}
 FINETUNING = {"finetune_fc": 1, **AFTER_FINETUNING}
 AFTER_CONV = {"extract_features": 1, **FINETUNING}
 
@@ -74,6 +74,18 @@ def setting(*path, value):
             id="last fc layer",
         ),
         pytest.param(
+            setting("distill", "learning_rate", value=1e-3),
+            DISTILLATION,
+            set(),
+            id="distillation",
+        ),
+        pytest.param(
+            setting("distill", "epochs", value=0),
+            DISTILLATION,
+            set(),
+            id="no distillation",
+        ),
+        pytest.param(
             setting("benchmark", "batches", value=3),
             {"benchmark_model": 1, "report_pipeline": 1},
             set(),
@@ -116,6 +128,7 @@ def test_comments_change_nothing(workspace):
     [
         ("qcnn_py/finetuning.py", {"extract_features": 1, **FINETUNING}),
         ("workflow/scripts/finetune_fc.py", FINETUNING),
+        ("qcnn_py/distillation.py", DISTILLATION),
     ],
 )
 def test_changed_code_runs_again(workspace, source, jobs):
