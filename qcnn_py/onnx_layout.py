@@ -390,24 +390,21 @@ class GraphBuilder:
         if matched is None:
             first = self.ordered(first)
             return self.combined(op, first, self.ordered(other))
-        kept = [
-            n
-            for axis, numbers in enumerate(self._numbers_by_axis(first))
-            for n in numbers
-            if wanted[axis]
-        ]
+        kept = first.numbers(axis for axis, factors in enumerate(wanted) if factors)
         order = [kept.index(n) for n in first.order if n in kept]
         marks = ["whole" if n in kept else "repeated" for n in first.order]
-        frame = self._frame(first, marks)
+        sizes = [first.factors[n] for n in first.order]
+        frame = _framed(self._shapes[first.name], sizes, marks)
+        if frame is None:
+            raise ShapeError(
+                f"{self.label}: cannot combine shapes {first.shape} and {other.shape}, "
+                "whole and repeated axes take turns too often"
+            )
         shape = tuple(1 if mark == "repeated" else size for size, mark in frame)
         left = self._reshaped(first.name, tuple(size for size, _ in frame))
-        # Splitting may have left more factors than `first` has: none is greater.
         right = self.placed(matched, order, shape)
         name = self.append(op, [left, right], self._shapes[left])
         return replace(first, name=name)
-
-    def _numbers_by_axis(self, value: Value) -> list[list[int]]:
-        return [value.numbers([axis]) for axis in range(len(value.axes))]
 
     def concatenated(self, values: Sequence[Value], axis: int) -> Value:
         """Append the concatenation of values along an axis."""
@@ -519,23 +516,16 @@ class GraphBuilder:
         """Change extents along marked axes, all at once or one after the other."""
         if any(len(value.axes[axis]) > 1 for axis in marks):
             value = self.ordered(value)
-        # An axis of extent 1 has no factor; it becomes a real one in front.
-        lone = [axis for axis in marks if not value.axes[axis]]
-        places = {number: i for i, number in enumerate(value.order)}
-        keyed = [
-            [(size, (places[n],)) for size, n in zip(axis, numbers, strict=True)]
-            for axis, numbers in zip(
-                value.axes, self._numbers_by_axis(value), strict=True
-            )
-        ]
-        for i, axis in enumerate(lone):
-            keyed[axis] = [(1, (i - len(lone),))]
-        flat = sorted(
-            (item[1], axis, item[0]) for axis, items in enumerate(keyed) for item in items
-        )
-        mark_of = [marks.get(axis) for _, axis, _ in flat]
-        sizes = [size for _, _, size in flat]
-        frame = self._framed(self._shapes[value.name], sizes, mark_of)
+        keyed = value._keyed()
+        for axis, factors in enumerate(keyed):
+            if axis in marks and not factors:
+                # An axis of extent 1 has no factor. It gets one, behind the axis before.
+                before = [item[-1][1] for item in keyed[:axis] if item]
+                keyed[axis] = [(1, (*(before or [(-1,)])[-1], axis))]
+        flat = sorted((key, size, a) for a, axis in enumerate(keyed) for size, key in axis)
+        sizes = [size for _, size, _ in flat]
+        lying = [marks.get(axis) for _, _, axis in flat]
+        frame = _framed(self._shapes[value.name], sizes, lying)
         if frame is None:
             for axis, mark in marks.items():
                 value = self._reframed(value, {axis: mark}, complete, append, extent)
@@ -551,25 +541,17 @@ class GraphBuilder:
         ]
         return _from_keyed(name, changed)
 
-    def _frame(self, value: Value, marks: Sequence[Any]) -> list[tuple[int, Any]]:
-        sizes = [value.factors[n] for n in value.order]
-        frame = self._framed(self._shapes[value.name], sizes, marks)
-        if frame is None:
-            raise ShapeError(
-                f"{self.label}: a value of shape {value.shape} is combined along more "
-                "axes that take turns than three dimensions have"
-            )
-        return frame
 
-    def _framed(
-        self, shape: Sequence[int], sizes: Sequence[int], marks: Sequence[Any]
-    ) -> list[tuple[int, Any]] | None:
-        """Return a shape, one or three extents, in which each axis has one mark.
+def _framed(
+    shape: Sequence[int], sizes: Sequence[int], marks: Sequence[Any]
+) -> list[tuple[int, Any]] | None:
+    """Return extents, one or three, in which each axis has one mark.
 
-        Tuples mark one factor each; other marks, several neighbours. ``None`` if
-        there are too many.
-        """
-        return _aligned(shape, sizes, marks) or _merged(sizes, marks)
+    Factors with the same mark may be one axis, but for tuples, which mark one factor
+    each. The shape that the value has already is taken where it will do; ``None`` if
+    three axes are too few.
+    """
+    return _aligned(shape, sizes, marks) or _merged(sizes, marks)
 
 
 def _aligned(
