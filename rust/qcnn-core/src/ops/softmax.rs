@@ -1,16 +1,24 @@
-//! Softmax over channels.
+//! Softmax over channels, and its logarithm.
 
 use crate::isa::{Level, Simd, Task};
 
 /// Pixels worked on together: their maxima and sums stay in registers and L1.
 const BLOCK: usize = 32;
 
-/// Replace each pixel's channels by `exp(x - max) / sum(exp(x - max))`.
+/// Replace each pixel's channels by `exp(x - max) / sum(exp(x - max))`, or by its
+/// logarithm, `x - max - log(sum(exp(x - max)))`.
 ///
 /// Subtracting the maximum keeps every exponential at most 1, so no finite
 /// input overflows. A vector of features is one pixel.
-pub(crate) fn softmax(level: Level, channels: usize, pixels: usize, data: &mut [f32]) {
+pub(crate) fn softmax(
+    level: Level,
+    logarithm: bool,
+    channels: usize,
+    pixels: usize,
+    data: &mut [f32],
+) {
     level.call(Softmax {
+        logarithm,
         channels,
         pixels,
         data,
@@ -18,6 +26,7 @@ pub(crate) fn softmax(level: Level, channels: usize, pixels: usize, data: &mut [
 }
 
 struct Softmax<'a> {
+    logarithm: bool,
     channels: usize,
     pixels: usize,
     data: &'a mut [f32],
@@ -31,21 +40,32 @@ impl Task for Softmax<'_> {
         for image in self.data.chunks_exact_mut(self.channels * self.pixels) {
             for start in (0..self.pixels).step_by(BLOCK) {
                 let end = (start + BLOCK).min(self.pixels);
-                softmax_block(image, self.pixels, start, end);
+                if self.logarithm {
+                    log_softmax_block(image, self.pixels, start, end);
+                } else {
+                    softmax_block(image, self.pixels, start, end);
+                }
             }
         }
     }
 }
 
+/// The largest channel of each pixel.
 #[inline(always)]
-fn softmax_block(image: &mut [f32], pixels: usize, start: usize, end: usize) {
+fn maxima(image: &[f32], pixels: usize, start: usize, end: usize) -> [f32; BLOCK] {
     let mut maxima = [f32::NEG_INFINITY; BLOCK];
     for channel in image.chunks_exact(pixels) {
         for (max, x) in maxima.iter_mut().zip(&channel[start..end]) {
-            // A NaN is not lost here: its own exponential below is NaN.
+            // A NaN is not lost here: its own exponential is NaN.
             *max = max.max(*x);
         }
     }
+    maxima
+}
+
+#[inline(always)]
+fn softmax_block(image: &mut [f32], pixels: usize, start: usize, end: usize) {
+    let maxima = maxima(image, pixels, start, end);
     let mut sums = [0.0f32; BLOCK];
     for channel in image.chunks_exact_mut(pixels) {
         let values = channel[start..end].iter_mut();
@@ -57,6 +77,24 @@ fn softmax_block(image: &mut [f32], pixels: usize, start: usize, end: usize) {
     for channel in image.chunks_exact_mut(pixels) {
         for (x, sum) in channel[start..end].iter_mut().zip(&sums) {
             *x /= sum;
+        }
+    }
+}
+
+#[inline(always)]
+fn log_softmax_block(image: &mut [f32], pixels: usize, start: usize, end: usize) {
+    let maxima = maxima(image, pixels, start, end);
+    let mut sums = [0.0f32; BLOCK];
+    for channel in image.chunks_exact_mut(pixels) {
+        let values = channel[start..end].iter_mut();
+        for ((x, max), sum) in values.zip(&maxima).zip(&mut sums) {
+            *x -= max;
+            *sum += x.exp();
+        }
+    }
+    for channel in image.chunks_exact_mut(pixels) {
+        for (x, sum) in channel[start..end].iter_mut().zip(&sums) {
+            *x -= sum.ln();
         }
     }
 }
