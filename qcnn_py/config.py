@@ -122,6 +122,24 @@ class LayerSettings(Section):
         ge=1,
         description="Training images (without labels) that the response is kept on.",
     )
+    augmented_copies: int = Field(
+        default=0,
+        ge=0,
+        description=(
+            "Further copies of each calibration image, mirrored and moved at random. "
+            "Layers with many inputs need more samples than there may be images."
+        ),
+    )
+    flip: bool = Field(
+        default=False, description="Mirror about half of the augmented copies."
+    )
+    shift: int = Field(
+        default=1,
+        ge=0,
+        description=(
+            "Move each augmented copy by up to so many pixels in each direction."
+        ),
+    )
     positions_per_image: int | None = Field(
         default=None,
         ge=1,
@@ -348,7 +366,9 @@ class DistillConfig(DescentConfig):
     images: int = Field(
         default=1000,
         ge=2,
-        description="Training images (without labels) to learn from, held-out ones too.",
+        description=(
+            "Training images (without labels) to learn from, held-out ones included."
+        ),
     )
     held_out: float = Field(
         default=0.1,
@@ -361,11 +381,19 @@ class DistillConfig(DescentConfig):
         gt=0,
         description="Divides the logits of both networks before they are compared.",
     )
+    response_weight: float = Field(
+        default=1.0,
+        ge=0,
+        description=(
+            "Weight of the mean relative squared error of what the layers read, beside "
+            "the divergence of the class probabilities."
+        ),
+    )
     flip: bool = Field(
         default=False, description="Mirror half of the images of each step."
     )
     shift: int = Field(
-        default=0,
+        default=1,
         ge=0,
         description="Move each image by up to so many pixels in each direction.",
     )
@@ -430,7 +458,8 @@ class NetworkFileConfig(Section):
         default="file", description="Read a trained network."
     )
     path: str = Field(
-        description="A dense network in a .qcnn file.", pattern=r"\.qcnn$"
+        description="A dense network in a .qcnn file, or an ONNX model.",
+        pattern=r"\.(qcnn|onnx)$",
     )
 
 

@@ -15,13 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
+from qcnn_py.augmentation import augmented
 from qcnn_py.config import DistillConfig
 from qcnn_py.errors import DatasetError, ShapeError
 from qcnn_py.fitting import NOT_LEARNT, mean_over_batches, minimize, without_softmax
-from qcnn_py.jax_graph import Parameters, decoding_function, forward_function
+from qcnn_py.jax_graph import Parameters, decoding_function, values_function
 from qcnn_py.network import FloatArray, Network, rounded_codebooks
 
-__all__ = ["augmented", "distill_codebooks"]
+__all__ = ["distill_codebooks"]
+
+# Keeps the relative error of what is always 0 finite.
+_TINY = 1e-30
 
 
 def distill_codebooks(
@@ -31,18 +35,20 @@ def distill_codebooks(
     config: DistillConfig,
     seed: int = 0,
 ) -> tuple[Network, dict[str, Any]]:
-    """Lower the divergence of a quantised network's outputs from the original's.
+    """Bring what a quantised network computes closer to the original.
 
-    The divergence is that of Kullback and Leibler between the class probabilities at
-    a temperature, times the temperature's square. Each tensor is trained relative to
-    its root mean square, so that one step size suits all layers.
+    The loss is the divergence of Kullback and Leibler between the class probabilities
+    at a temperature, times the temperature's square; added to it, with
+    ``response_weight``, is the squared error of what the layers read, relative to its
+    square and averaged over the layers. Few images say more that way. Each tensor is
+    trained relative to its root mean square, so that one step size suits all layers.
 
     Parameters
     ----------
     original : Network
         Dense; its outputs are what is wanted.
     quantized : Network
-        Same inputs and outputs.
+        The same nodes, some of them quantised.
     images : ndarray of float32, shape (N, C, H, W)
         Preprocessed images, at least two.
     config : DistillConfig
@@ -54,11 +60,10 @@ def distill_codebooks(
     -------
     network : Network
         `quantized` with other codebooks, biases and dense weights: those, rounded as
-        they are stored, with the lowest divergence on the held-out images. That may
-        be `quantized` itself.
+        they are stored, with the lowest loss on the held-out images. That may be
+        `quantized` itself.
     history : dict
-        See `qcnn_py.fitting.fit`; losses are divergences, ``validation_loss`` that on
-        the held-out images.
+        See `qcnn_py.fitting.fit`; ``validation_loss`` is that on the held-out images.
 
     Raises
     ------
@@ -69,17 +74,16 @@ def distill_codebooks(
     ConfigError
         If `original` is quantised.
     QcnnError
-        If the divergence becomes infinite or NaN.
+        If the loss becomes infinite or NaN.
     """
     teacher, student = without_softmax(original), without_softmax(quantized)
     for what, got, expected in (
-        ("quantised network's inputs", student.input_shape, teacher.input_shape),
-        ("quantised network's outputs", _outputs(student), _outputs(teacher)),
-        ("images", images.shape[1:], teacher.input_shape),
+        ("quantised network has values of shape", _shapes(student), _shapes(teacher)),
+        ("images have shape", images.shape[1:], teacher.input_shape),
     ):
         if got != expected:
             raise ShapeError(
-                f"the {what} have shape {got}, expected {expected} like the original's"
+                f"the {what} {got}, expected {expected} like the original network"
             )
     if not config.epochs:
         return quantized, {
@@ -94,33 +98,44 @@ def distill_codebooks(
             "learn from and one held out"
         )
     n_held_out = min(max(1, round(config.held_out * len(images))), len(images) - 1)
-    order = np.random.default_rng(seed).permutation(len(images))
-    held_out, lessons = images[order[:n_held_out]], images[order[n_held_out:]]
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(images))
+    lessons = images[order[n_held_out:]]
+    # Augmented, too: as they are, the quantiser may have seen them.
+    held_out = augmented(images[order[:n_held_out]], config.flip, config.shift, rng)
 
-    wanted_logits = forward_function(teacher)
-    logits = forward_function(student.decoded())
+    wanted_values = values_function(teacher)
+    values = values_function(student.decoded())
     decoded = decoding_function(student)
     teacher_parameters = {k: jnp.asarray(v) for k, v in teacher.tensors.items()}
     parameters = {k: v for k, v in student.tensors.items() if not k.endswith(".codes")}
     fixed = {k: v for k, v in parameters.items() if k.endswith(NOT_LEARNT)}
     scales = {k: _scale(v) for k, v in parameters.items() if k not in fixed}
+    read = {student.node(layer.name).inputs[0] for layer in student.layers}
+    read -= {student.input_name}
 
-    def divergence(parameters: Parameters, x: jax.Array) -> jax.Array:
+    def distance(parameters: Parameters, x: jax.Array) -> jax.Array:
+        wanted = wanted_values(teacher_parameters, x, None)
+        got = values(decoded(parameters), x, None)
         p, q = (
-            jax.nn.log_softmax(scores.reshape(len(x), -1) / config.temperature)
-            for scores in (
-                wanted_logits(teacher_parameters, x, None),
-                logits(decoded(parameters), x, None),
+            jax.nn.log_softmax(
+                scores[student.output].reshape(len(x), -1) / config.temperature
             )
+            for scores in (wanted, got)
         )
-        each = jnp.sum(jnp.exp(p) * (p - q), axis=1)
-        return each.mean() * config.temperature**2
+        divergence = jnp.sum(jnp.exp(p) * (p - q), axis=1).mean()
+        loss = divergence * config.temperature**2
+        for value in sorted(read):
+            error = jnp.sum(jnp.square(got[value] - wanted[value]))
+            share = error / (jnp.sum(jnp.square(wanted[value])) + _TINY)
+            loss += config.response_weight / len(read) * share
+        return loss
 
     def absolute(learnt: Parameters) -> dict[str, Any]:
         return fixed | {name: array * scales[name] for name, array in learnt.items()}
 
     def loss(learnt: Parameters, _: jax.Array, x: jax.Array) -> jax.Array:
-        return divergence(absolute(learnt), x)
+        return distance(absolute(learnt), x)
 
     def stored(learnt: Parameters) -> dict[str, npt.NDArray[Any]]:
         tensors = {name: np.asarray(array) for name, array in absolute(learnt).items()}
@@ -130,7 +145,7 @@ def distill_codebooks(
                 tensors[name] = rounded_codebooks(tensors[name], layer.codebook_bits)
         return tensors
 
-    assess = jax.jit(divergence)
+    assess = jax.jit(distance)
 
     def validate(learnt: Parameters) -> dict[str, float]:
         tensors = stored(learnt)
@@ -155,45 +170,8 @@ def distill_codebooks(
     return quantized.replace(tensors=stored(best)), history
 
 
-def augmented(
-    images: FloatArray, flip: bool, shift: int, rng: np.random.Generator
-) -> FloatArray:
-    """Mirror and move images at random.
-
-    Parameters
-    ----------
-    images : ndarray of float32, shape (N, C, H, W)
-        Images.
-    flip : bool
-        Mirror each image with a probability of one half.
-    shift : int
-        Move each image by up to so many pixels up or down and left or right; its
-        border pixels fill what that leaves free.
-    rng : numpy.random.Generator
-        Source of randomness.
-
-    Returns
-    -------
-    ndarray of float32, shape (N, C, H, W)
-        New images, or `images` if nothing is to be done.
-    """
-    n = len(images)
-    if flip:
-        mirrored = rng.random(n) < 0.5
-        images = np.where(mirrored[:, None, None, None], images[..., ::-1], images)
-    if shift:
-        beside = (shift, shift)
-        padded = np.pad(images, ((0, 0), (0, 0), beside, beside), mode="edge")
-        windows = np.lib.stride_tricks.sliding_window_view(
-            padded, images.shape[2:], axis=(2, 3)
-        )
-        rows, columns = rng.integers(0, 2 * shift + 1, (2, n))
-        images = windows[np.arange(n), :, rows, columns]
-    return images
-
-
-def _outputs(network: Network) -> tuple[int, ...]:
-    return network.shapes[network.output]
+def _shapes(network: Network) -> dict[str, tuple[int, ...]]:
+    return dict(network.shapes)
 
 
 def _scale(array: npt.NDArray[Any]) -> np.float32:

@@ -14,7 +14,13 @@ from jax import lax
 from qcnn_py.errors import ConfigError
 from qcnn_py.network import Network, decode
 
-__all__ = ["Forward", "Parameters", "decoding_function", "forward_function"]
+__all__ = [
+    "Forward",
+    "Parameters",
+    "decoding_function",
+    "forward_function",
+    "values_function",
+]
 
 Parameters = Mapping[str, jax.Array]
 Forward = Callable[[Parameters, jax.Array, jax.Array | None], jax.Array]
@@ -37,10 +43,42 @@ def forward_function(network: Network) -> Forward:
     Returns
     -------
     callable
-        ``forward(parameters, x, dropout_key)``: `parameters` named like
-        ``network.tensors``, `x` float32 of shape (N, …). With a key, dropout drops;
-        with ``None`` it passes everything on. Batch normalisation always uses the
-        stored mean and variance.
+        ``forward(parameters, x, dropout_key)``: the network's output; arguments as in
+        `values_function`.
+
+    Raises
+    ------
+    ConfigError
+        As `values_function`.
+    """
+    compute = values_function(network)
+
+    def forward(
+        parameters: Parameters, x: jax.Array, dropout_key: jax.Array | None
+    ) -> jax.Array:
+        return compute(parameters, x, dropout_key)[network.output]
+
+    return forward
+
+
+def values_function(
+    network: Network,
+) -> Callable[[Parameters, jax.Array, jax.Array | None], dict[str, jax.Array]]:
+    """Return the function that computes all values of a network.
+
+    Parameters
+    ----------
+    network : Network
+        All layers dense.
+
+    Returns
+    -------
+    callable
+        ``values(parameters, x, dropout_key)``: all values, the input's included, by
+        name. `parameters` are named like
+        ``network.tensors``, `x` is float32 of shape (N, …). With a key, dropout
+        drops; with ``None`` it passes everything on. Batch normalisation always uses
+        the stored mean and variance.
 
     Raises
     ------
@@ -55,9 +93,9 @@ def forward_function(network: Network) -> Forward:
                 "(Network.decoded makes them so)"
             )
 
-    def forward(
+    def compute(
         parameters: Parameters, x: jax.Array, dropout_key: jax.Array | None
-    ) -> jax.Array:
+    ) -> dict[str, jax.Array]:
         values = {network.input_name: x}
         for number, node in enumerate(network.nodes):
             operands = [values[name] for name in node.inputs]
@@ -77,9 +115,9 @@ def forward_function(network: Network) -> Forward:
                 }
                 value = _OPERATIONS[node.op](node.attributes, operands, own)
             values[node.name] = value
-        return values[network.output]
+        return values
 
-    return forward
+    return compute
 
 
 def decoding_function(network: Network) -> Callable[[Parameters], Parameters]:

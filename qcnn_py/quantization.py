@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcnn_py.artefacts import load_arrays, save_arrays
+from qcnn_py.augmentation import augmented
 from qcnn_py.config import LayerKind, LayerSettings, QuantizeConfig
 from qcnn_py.error_correction import CoordinateDescent
 from qcnn_py.errors import ConfigError, DatasetError, ModelFormatError
@@ -317,13 +318,18 @@ def collect_moments(
     n_drawn = settings.positions_per_image or n_positions
     values = prod(original.input_shape) + prod(original.shapes[source]) + prod(shape)
     batch_size = max(1, min(_MOST_IMAGES, _MOST_BYTES // (4 * values)))
-    for batch in _batches(images, settings.calibration_images, batch_size):
-        targets = teacher(batch)
-        inputs = batch if student is None else student(batch)
-        positions = None
-        if n_drawn < n_positions:
-            positions = draw_positions(random, len(batch), n_positions, n_drawn)
-        moments.add_images(inputs, targets, geometry, positions)
+    augmentation = np.random.default_rng([seed, 1])
+    for original_batch in _batches(images, settings.calibration_images, batch_size):
+        for copy in range(1 + settings.augmented_copies):
+            batch = original_batch
+            if copy:
+                batch = augmented(batch, settings.flip, settings.shift, augmentation)
+            targets = teacher(batch)
+            inputs = batch if student is None else student(batch)
+            positions = None
+            if n_drawn < n_positions:
+                positions = draw_positions(random, len(batch), n_positions, n_drawn)
+            moments.add_images(inputs, targets, geometry, positions)
     return moments
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from math import prod
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from qcnn_py.architectures import conv_fc
@@ -12,8 +14,24 @@ from qcnn_py.datasets import Dataset
 from qcnn_py.errors import ConfigError
 from qcnn_py.fitting import Examples, fit
 from qcnn_py.network import Network
+from qcnn_py.onnx_import import read_onnx
 
-__all__ = ["prepare_network", "train_network"]
+__all__ = ["prepare_network", "read_network", "train_network"]
+
+
+def read_network(path: str | PathLike[str]) -> Network:
+    """Read a network from a ``.qcnn`` file or, by its name, an ONNX model.
+
+    Raises
+    ------
+    ModelFormatError
+        If the file is malformed.
+    UnsupportedOperator
+        If the ONNX model has an operator without counterpart.
+    OSError
+        If the file cannot be read.
+    """
+    return read_onnx(path) if Path(path).suffix == ".onnx" else Network.load(path)
 
 
 def train_network(
@@ -101,7 +119,7 @@ def prepare_network(
     """
     if isinstance(config, TrainedNetworkConfig):
         return train_network(dataset, config, seed)
-    network = Network.load(config.path)
+    network = read_network(config.path)
     class_names = network.metadata.get("class_names", list(dataset.class_names))
     requirements: tuple[tuple[str, Any, Any], ...] = (
         ("input shape", network.input_shape, dataset.input_shape),

@@ -130,17 +130,29 @@ def reporting(log: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def read_layer_names(path: str | os.PathLike[str]) -> LayerNames:
-    """Return names and kinds of the conv and fc layers of a ``.qcnn`` file.
+    """Return names and kinds of the conv and fc layers of a network's file.
 
-    Only the header of the file is read.
+    Of a ``.qcnn`` file only the header is read, an ONNX model is translated.
 
     Raises
     ------
     ModelFormatError
-        If the file is no ``.qcnn`` file.
+        If the file is no ``.qcnn`` file, or as `read_onnx`.
+    UnsupportedOperator
+        As `read_onnx`.
     OSError
         If it cannot be read.
     """
+    if Path(path).suffix == ".onnx":
+        # Takes its time to import.
+        from qcnn_py.onnx_import import read_onnx
+
+        network = read_onnx(path)
+        return [
+            (node.name, "conv" if node.op == "conv" else "fc")
+            for node in network.nodes
+            if node.op in ("conv", "fc")
+        ]
     try:
         with safe_open(path, framework="numpy") as file:
             graph = json.loads(file.metadata()["qcnn"])["graph"]

@@ -21,6 +21,7 @@ from qcnn_py import (
 )
 from qcnn_py.artefacts import load_arrays, save_arrays
 from qcnn_py.config import LayerSettings, QuantizeConfig
+from qcnn_py.network import rounded_codebooks
 from qcnn_py.quantization import (
     QuantizedLayer,
     apply_layers,
@@ -188,6 +189,50 @@ def test_drawn_positions(network, images) -> None:
     quantized = network.with_quantized_layer("second", few.weights)
     measured = measured_error(network, quantized, "second", images)
     assert measured < 1.5 * every.metrics.relative_error
+
+
+def test_augmented_copies(network, images) -> None:
+    settings = SETTINGS.model_copy(
+        update={"augmented_copies": 3, "flip": True, "calibration_images": 10}
+    )
+    moments, again, other = (
+        collect_moments(network, network, "second", images, settings, seed)
+        for seed in (0, 0, 1)
+    )
+    few = SETTINGS.model_copy(update={"calibration_images": 10})
+    plain = collect_moments(network, network, "second", images, few)
+    assert moments.count == 4 * plain.count
+    np.testing.assert_array_equal(moments.gram, again.gram)
+    assert not np.allclose(moments.gram, other.gram)
+    # More images than these: unseen ones keep their response better.
+    few, many = (
+        network.with_quantized_layer(
+            "second", quantize_layer(network, network, "second", images, each).weights
+        )
+        for each in (few, settings)
+    )
+    unseen = make_images(seed=6)
+    assert measured_error(network, many, "second", unseen) < measured_error(
+        network, few, "second", unseen
+    )
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8])
+def test_codebooks_are_rounded_as_they_are_stored(images, bits, tmp_path) -> None:
+    network = make_network({"kernel": 1})
+    settings = SETTINGS.model_copy(update={"codebook_bits": bits})
+    result = quantize_layer(network, network, "second", images, settings)
+    codebooks = result.weights.codebooks
+    np.testing.assert_array_equal(rounded_codebooks(codebooks, bits), codebooks)
+    quantized = network.with_quantized_layer("second", result.weights)
+    measured = measured_error(network, quantized, "second", images)
+    assert measured == pytest.approx(result.metrics.relative_error, rel=1e-3)
+    result.save(tmp_path / "layer")
+    assert QuantizedLayer.load(tmp_path / "layer").weights.codebook_bits == bits
+    quantized.save(tmp_path / "network.qcnn")
+    again = Network.load(tmp_path / "network.qcnn").quantized_weights("second")
+    np.testing.assert_array_equal(again.codebooks, codebooks)
+    assert again.codebook_bits == bits
 
 
 def test_first_images_are_used(network, images) -> None:
