@@ -156,7 +156,7 @@ def distill_codebooks(
 
     best, history = minimize(
         loss,
-        {name: parameters[name] / scale for name, scale in scales.items()},
+        {k: jnp.asarray(parameters[k] / scale) for k, scale in scales.items()},
         n_examples=len(lessons),
         batch=lambda chosen, rng: (
             augmented(lessons[chosen], config.flip, config.shift, rng),
