@@ -11,7 +11,7 @@ from numpy_executor import execute
 from random_networks import NetworkBuilder, Quantized, relative_error
 
 from qcnn_py.errors import ConfigError
-from qcnn_py.jax_graph import forward_function
+from qcnn_py.jax_graph import decoding_function, forward_function
 from qcnn_py.network import Network
 
 POOLS: list[dict[str, Any]] = [
@@ -68,6 +68,40 @@ def test_branches_and_normalisations() -> None:
     builder.fc(3, bias=False)
     builder.add("softmax")
     check(builder)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8, 16])
+def test_groups(groups: int) -> None:
+    builder = NetworkBuilder((16, 5, 6))
+    builder.conv(32, 3, groups=groups, stride=(1, 2))
+    check(builder)
+
+
+@pytest.mark.parametrize("per_group", [False, True])
+def test_codewords_stand_for_weights(per_group: bool) -> None:
+    builder = NetworkBuilder((10, 4, 4))
+    # Five channels a group: the last sub-vector is padded.
+    quantized = Quantized(6, 2, per_group)
+    builder.conv(4, 3, groups=2, name="conv", quantized=quantized)
+    builder.fc(5, name="fc", quantized=Quantized(300, 3))
+    builder.fc(2, name="last")
+    network = builder.build()
+    decoded = decoding_function(network)
+    parameters = {
+        name: jnp.asarray(array)
+        for name, array in network.tensors.items()
+        if not name.endswith(".codes")
+    }
+    expected = network.decoded().tensors
+    weights = jax.jit(decoded)(parameters)
+    assert weights.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(weights[name], array)
+    # A codeword's gradient is the sum over the sub-vectors that use it.
+    gradient = jax.grad(lambda p: decoded(p)["fc.weight"].sum())(parameters)
+    codes = network.tensors["fc.codes"]
+    counts = [np.bincount(codes[:, m], minlength=300) for m in range(codes.shape[1])]
+    np.testing.assert_array_equal(gradient["fc.codebooks"][:, :, 0], np.stack(counts))
 
 
 def test_activations() -> None:
