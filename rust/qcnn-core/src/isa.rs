@@ -295,6 +295,9 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
     /// any of the others.
     fn shift(self, vector: Self::F32, distance: usize) -> Self::F32;
 
+    /// Lanes `distance` and following of two vectors; `distance` is less than `LANES`.
+    fn shift_pair(self, pair: [Self::F32; 2], distance: usize) -> Self::F32;
+
     /// The first `LANES` values of a slice, zeros where it is shorter.
     #[inline(always)]
     fn load_first(self, values: &[f32]) -> Self::F32 {
@@ -596,6 +599,14 @@ mod tests {
             let shifted = get(s.shift(va, distance));
             let kept = S::LANES - distance;
             assert_eq!(shifted[..kept], a[distance..], "{} {distance}", S::NAME);
+            let both: Vec<f32> = a.iter().chain(&b).copied().collect();
+            let shifted = get(s.shift_pair([va, vb], distance));
+            assert_eq!(
+                shifted,
+                both[distance..][..S::LANES],
+                "{} {distance}",
+                S::NAME
+            );
         }
         for (begin, end) in (0..=S::LANES).flat_map(|end| (0..=end).map(move |b| (b, end))) {
             // Of the slices only the range exists.

@@ -174,6 +174,17 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     }
 
     #[inline(always)]
+    fn shift_pair(self, pair: [__m512; 2], distance: usize) -> __m512 {
+        // SAFETY: `self` proves AVX-512 F. Of each index only the lowest 5 bits
+        // count.
+        unsafe {
+            let lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+            let index = _mm512_add_epi32(lanes, _mm512_set1_epi32(distance as i32));
+            _mm512_permutex2var_ps(pair[0], index, pair[1])
+        }
+    }
+
+    #[inline(always)]
     fn zero_i16(self) -> __m512i {
         // SAFETY: `self` proves AVX-512 F.
         unsafe { _mm512_setzero_si512() }

@@ -130,6 +130,11 @@ impl<const N: usize> Simd for Portable<N> {
     }
 
     #[inline(always)]
+    fn shift_pair(self, pair: [[f32; N]; 2], distance: usize) -> [f32; N] {
+        std::array::from_fn(|i| pair[(i + distance) / N][(i + distance) % N])
+    }
+
+    #[inline(always)]
     fn zero_i16(self) -> [[i16; N]; 2] {
         [[0; N]; 2]
     }

@@ -202,7 +202,8 @@ fn conv_kernels_of<'a, S: Simd>(
         Gemm16Conv::candidate(simd, layer),
     ];
     let exact = [
-        RowsConv::<_, Float>::candidate(simd, layer),
+        RowsConv::<_, Float<1>>::candidate(simd, layer),
+        RowsConv::<_, Float<2>>::candidate(simd, layer),
         PixelsConv::candidate(simd, layer),
         DirectConv::candidate(simd, layer),
         Some(GemmConv::candidate(simd, layer)),
