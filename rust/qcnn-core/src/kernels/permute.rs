@@ -14,7 +14,8 @@
 //!
 //! Many inputs are zero behind a ReLU. A subspace whose inputs all are is left
 //! out, except that its codes are fetched: where memory is the limit, gaps that
-//! stop the hardware's prefetching cost more than they save.
+//! stop the hardware's prefetching cost more than they save. Fetching ahead in
+//! software, by 0.5 to 6 KiB, was measured to gain nothing on top of it.
 //!
 //! With enough images, a vector has one image per lane: table entries become
 //! vectors, a code says which one is added, and every look-up serves as many
@@ -59,10 +60,6 @@ const BLOCK: usize = 4;
 
 /// Most codes in a lane: eight of 4 bits.
 const MAX_LANE_CODES: usize = 8;
-
-/// Bytes between the codes in use and those that are fetched: with look-ups in
-/// between, the hardware's prefetching alone does not keep up with memory.
-const PREFETCH: usize = 2048;
 
 /// Subspaces whose tables for a batch are used together: 16 KiB of 32 entries.
 const BATCH_SUBSPACES: usize = 8;
@@ -609,12 +606,11 @@ impl<E: Entry> Block<'_, E> {
             next = m + 1;
             let table = tables.next().expect("every subspace has a table");
             for v in 0..V {
-                let codes = self.codes.as_ptr().wrapping_add((m * V + v) * lanes);
-                simd.prefetch(codes.wrapping_byte_add(PREFETCH).cast());
                 // SAFETY: the block has `rows` rows of V vectors, of which m is
                 // one, as asserted; the table has the length that look-ups of
                 // BITS bits ask for.
                 unsafe {
+                    let codes = self.codes.as_ptr().add((m * V + v) * lanes);
                     let mut codes = E::load_codes(simd, codes);
                     for i in 0..lane_codes {
                         let entries = E::look_up::<S, BITS>(simd, table.as_ptr(), codes);
