@@ -162,7 +162,9 @@ impl<S: Simd, E: Entry> PermuteFc<S, E> {
         // Adding 0 makes a positive one of -0: that no sum is -0 allows to leave
         // terms out that are 0.
         let mut bias = layer.bias_or_zeros();
-        bias.iter_mut().for_each(|b| *b += 0.0);
+        for b in &mut bias {
+            *b += 0.0;
+        }
         bias.resize(layer.out_features.next_multiple_of(columns), 0.0);
         let n_vectors = bias.len() / columns;
         let lanes = pq.n_subspaces * n_vectors * Self::LANES;
@@ -272,6 +274,7 @@ impl<S: Simd, E: Entry> PermuteFc<S, E> {
     }
 
     /// Images from which on a batch is faster than one after the other.
+    #[expect(clippy::cast_sign_loss, reason = "clock cycles are positive")]
     fn min_batch(&self) -> usize {
         let images = BATCH_LOOK_UP_CYCLES * Self::LANES as f64 / Self::look_up_cycles(self.bits);
         (images as usize).clamp(2, Self::LANES)
