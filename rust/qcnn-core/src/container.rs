@@ -388,7 +388,8 @@ mod tests {
                     // They stay packed.
                     TensorData::Codes(codes) => {
                         let node = name.strip_suffix(".codes").unwrap();
-                        assert_eq!(again.codes(node, &mut Vec::new()).unwrap(), codes);
+                        let mut buffer = Vec::new();
+                        assert_eq!(again.codes(node).unwrap().all(&mut buffer), codes);
                     }
                     _ => assert_eq!(again.tensors()[name], *tensor, "{bits:?}"),
                 }
@@ -453,7 +454,10 @@ mod tests {
             let message = Network::new(network.graph().clone(), tensors)
                 .unwrap_err()
                 .to_string();
-            let named = format!("which codebooks of {} bits do not give back", u8::from(bits));
+            let named = format!(
+                "which codebooks of {} bits do not give back",
+                u8::from(bits)
+            );
             assert!(message.contains(&named), "{message}");
         }
     }

@@ -209,6 +209,8 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
     /// Clock cycles that [`look_up_i16`](Self::look_up_i16) takes with 4, 5 and
     /// 6 bits, with the shift and the addition that go with it.
     const LOOK_UP_CYCLES: [f64; 3];
+    /// The same for [`look_up_f32`](Self::look_up_f32).
+    const LOOK_UP_F32_CYCLES: [f64; 3];
     /// A vector.
     type F32: Copy + fmt::Debug;
     /// A vector of 16-bit integers, twice as many.
@@ -294,6 +296,9 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
     /// Lane `i` becomes lane `i + distance`; the last `distance` lanes become
     /// any of the others.
     fn shift(self, vector: Self::F32, distance: usize) -> Self::F32;
+
+    /// Lanes `distance` and following of two vectors; `distance` is less than `LANES`.
+    fn shift_pair(self, pair: [Self::F32; 2], distance: usize) -> Self::F32;
 
     /// The first `LANES` values of a slice, zeros where it is shorter.
     #[inline(always)]
@@ -385,6 +390,21 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
         entries: *const i16,
         indices: Self::I16,
     ) -> Self::I16;
+
+    /// Every lane shifted right by `BITS`, 1 to 31, zeros behind.
+    fn shift_right_i32<const BITS: u32>(self, vector: Self::I32) -> Self::I32;
+
+    /// Every lane's entry of a table of `2^BITS`: of the lane, only the lowest
+    /// `BITS` bits count, 4 to 6.
+    ///
+    /// # Safety
+    ///
+    /// `entries` is valid for reads of `2^BITS` values.
+    unsafe fn look_up_f32<const BITS: u32>(
+        self,
+        entries: *const f32,
+        indices: Self::I32,
+    ) -> Self::F32;
 
     /// Bring the cache line at `address`, which may be any, closer.
     fn prefetch(self, address: *const i16);
@@ -484,6 +504,9 @@ mod tests {
             check_look_up::<S, 4>(s);
             check_look_up::<S, 5>(s);
             check_look_up::<S, 6>(s);
+            check_look_up_f32::<S, 4>(s);
+            check_look_up_f32::<S, 5>(s);
+            check_look_up_f32::<S, 6>(s);
             for distance in 0..lanes {
                 let mut shifted = vec![0i16; lanes];
                 // SAFETY: both buffers hold a vector where they are used.
@@ -562,6 +585,27 @@ mod tests {
         }
     }
 
+    /// As [`check_look_up`].
+    #[inline(always)]
+    fn check_look_up_f32<S: Simd, const BITS: u32>(s: S) {
+        let n = 1usize << BITS;
+        let entries: Vec<f32> = (0..n).map(|i| i as f32 * 1.5 - 20.0).collect();
+        for first in (0..n).step_by(S::LANES) {
+            let word = |i: usize| ((first + i) << 3) as i32 | 0x9000_7005_u32.cast_signed();
+            let words: Vec<i32> = (0..S::LANES).map(word).collect();
+            // SAFETY: there are 2^BITS entries and a vector of words.
+            let found = unsafe {
+                let indices = s.shift_right_i32::<3>(s.load_i32(words.as_ptr()));
+                s.look_up_f32::<BITS>(entries.as_ptr(), indices)
+            };
+            let mut values = vec![0.0; S::LANES];
+            s.store_first(&mut values, found);
+            let index = |word: &i32| (word.cast_unsigned() >> 3) as usize % n;
+            let expected: Vec<f32> = words.iter().map(|word| entries[index(word)]).collect();
+            assert_eq!(values, expected, "{} {BITS}", S::NAME);
+        }
+    }
+
     /// The primitives that rounding, NaN or parts of vectors concern.
     #[inline(always)]
     fn check_floats<S: Simd>(s: S) {
@@ -596,6 +640,14 @@ mod tests {
             let shifted = get(s.shift(va, distance));
             let kept = S::LANES - distance;
             assert_eq!(shifted[..kept], a[distance..], "{} {distance}", S::NAME);
+            let both: Vec<f32> = a.iter().chain(&b).copied().collect();
+            let shifted = get(s.shift_pair([va, vb], distance));
+            assert_eq!(
+                shifted,
+                both[distance..][..S::LANES],
+                "{} {distance}",
+                S::NAME
+            );
         }
         for (begin, end) in (0..=S::LANES).flat_map(|end| (0..=end).map(move |b| (b, end))) {
             // Of the slices only the range exists.
