@@ -12,8 +12,8 @@ from qcnn_py.distillation import distill_codebooks
 from qcnn_py.errors import ConfigError, DatasetError, QcnnError, ShapeError
 
 SETTINGS: dict[str, Any] = {
-    "epochs": 6,
-    "learning_rate": 3e-3,
+    "epochs": 12,
+    "learning_rate": 1e-2,
     "batch_size": 10,
     "held_out": 0.25,
     "shift": 1,
@@ -69,13 +69,13 @@ def test_the_divergence_falls_and_codes_stay(images: np.ndarray, bits: int) -> N
     before = quantized(images, bits)
     after, history = distilled(images, before)
     losses = [each["validation_loss"] for each in history["epochs"]]
-    assert min(losses) < 0.95 * history["initial"]["validation_loss"]
+    assert min(losses) < 0.9 * history["initial"]["validation_loss"]
     unseen = NetworkBuilder((4, 6, 6), seed=2).images(200)
     assert divergence(after, unseen) < 0.9 * divergence(before, unseen)
     assert after.nodes == before.nodes
     assert after.metadata == before.metadata
     assert [x.bytes for x in after.layers] == [x.bytes for x in before.layers]
-    kept = {"conv1.codes", "fc1.codes", "batch_norm0.mean", "batch_norm0.variance"}
+    kept = {"conv1.codes", "fc1.codes", "batch_norm1.mean", "batch_norm1.variance"}
     same = {
         name
         for name, array in before.tensors.items()
