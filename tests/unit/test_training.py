@@ -95,7 +95,8 @@ def test_the_same_seed_gives_the_same_bits(
         network, history = prepare_network(small_config(), digits, seed=0)
     assert same(network, trained[0])
     assert history == trained[1]
-    assert len(caplog.records) == 5
+    # Before the first epoch, and after each.
+    assert len(caplog.records) == 6
 
 
 @pytest.mark.parametrize(
@@ -125,7 +126,8 @@ def test_schedules(options: dict[str, Any], expected: list[float]) -> None:
 @pytest.mark.parametrize("name", ["sgd", "adam"])
 def test_weights_decay_and_biases_do_not(name: str) -> None:
     config = OptimizerConfig(optimizer=name, weight_decay=0.5)
-    optimizer = build_optimizer(config, optax.constant_schedule(0.01))
+    schedule = optax.constant_schedule(0.01)
+    optimizer = build_optimizer(config, schedule, config.weight_decay)
     parameters = {"fc1.weight": np.full((2, 2), 3.0), "fc1.bias": np.full(2, 3.0)}
     no_gradient = {key: np.zeros_like(array) for key, array in parameters.items()}
     updates, _ = optimizer.update(no_gradient, optimizer.init(parameters), parameters)
