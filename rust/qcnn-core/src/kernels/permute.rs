@@ -97,17 +97,17 @@ pub(crate) struct PermuteFc<S> {
 /// A cache line of 16-bit lanes, so that no load straddles two.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(64))]
-struct Line([i16; 32]);
+pub(super) struct Line(pub(super) [i16; 32]);
 
 impl Line {
-    fn flatten(lines: &[Self]) -> &[i16] {
+    pub(super) fn flatten(lines: &[Self]) -> &[i16] {
         // SAFETY: a `Line` is 32 lanes without padding (`repr(C)`, 64 bytes), so
         // the lines are that many lanes in a row, borrowed as long as the slice
         // lives.
         unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), lines.len() * 32) }
     }
 
-    fn flatten_mut(lines: &mut [Self]) -> &mut [i16] {
+    pub(super) fn flatten_mut(lines: &mut [Self]) -> &mut [i16] {
         // SAFETY: as in `flatten`, and the borrow is exclusive.
         unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * 32) }
     }
