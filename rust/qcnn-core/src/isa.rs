@@ -229,6 +229,8 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
     /// Clock cycles that [`look_up_i8`](Self::look_up_i8) takes with 16 and with 32
     /// entries, with its share of the sums that go with it.
     const BYTE_LOOK_UP_CYCLES: [f64; 2];
+    /// The same for [`look_up_f32`](Self::look_up_f32).
+    const LOOK_UP_F32_CYCLES: [f64; 3];
     /// A vector.
     type F32: Copy + fmt::Debug;
     /// A vector of 16-bit integers, twice as many.
@@ -493,6 +495,21 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
         indices: Self::I16,
     ) -> Self::I16;
 
+    /// Every lane shifted right by `BITS`, 1 to 31, zeros behind.
+    fn shift_right_i32<const BITS: u32>(self, vector: Self::I32) -> Self::I32;
+
+    /// Every lane's entry of a table of `2^BITS`: of the lane, only the lowest
+    /// `BITS` bits count, 4 to 6.
+    ///
+    /// # Safety
+    ///
+    /// `entries` is valid for reads of `2^BITS` values.
+    unsafe fn look_up_f32<const BITS: u32>(
+        self,
+        entries: *const f32,
+        indices: Self::I32,
+    ) -> Self::F32;
+
     /// Bring the cache line at `address`, which may be any, closer.
     fn prefetch(self, address: *const i16);
 
@@ -592,6 +609,9 @@ mod tests {
             check_look_up::<S, 4>(s);
             check_look_up::<S, 5>(s);
             check_look_up::<S, 6>(s);
+            check_look_up_f32::<S, 4>(s);
+            check_look_up_f32::<S, 5>(s);
+            check_look_up_f32::<S, 6>(s);
             for distance in 0..lanes {
                 let mut shifted = vec![0i16; lanes];
                 // SAFETY: both buffers hold a vector where they are used.
@@ -749,6 +769,27 @@ mod tests {
             let index = |word: &i16| usize::from(word.cast_unsigned() >> 3) % n;
             let expected: Vec<i16> = words.iter().map(|word| entries[index(word)]).collect();
             assert_eq!(found, expected, "{} {BITS}", S::NAME);
+        }
+    }
+
+    /// As [`check_look_up`].
+    #[inline(always)]
+    fn check_look_up_f32<S: Simd, const BITS: u32>(s: S) {
+        let n = 1usize << BITS;
+        let entries: Vec<f32> = (0..n).map(|i| i as f32 * 1.5 - 20.0).collect();
+        for first in (0..n).step_by(S::LANES) {
+            let word = |i: usize| ((first + i) << 3) as i32 | 0x9000_7005_u32.cast_signed();
+            let words: Vec<i32> = (0..S::LANES).map(word).collect();
+            // SAFETY: there are 2^BITS entries and a vector of words.
+            let found = unsafe {
+                let indices = s.shift_right_i32::<3>(s.load_i32(words.as_ptr()));
+                s.look_up_f32::<BITS>(entries.as_ptr(), indices)
+            };
+            let mut values = vec![0.0; S::LANES];
+            s.store_first(&mut values, found);
+            let index = |word: &i32| (word.cast_unsigned() >> 3) as usize % n;
+            let expected: Vec<f32> = words.iter().map(|word| entries[index(word)]).collect();
+            assert_eq!(values, expected, "{} {BITS}", S::NAME);
         }
     }
 

@@ -14,8 +14,8 @@ use std::arch::x86_64::{
     _mm256_permute4x64_pd, _mm256_permutevar8x32_epi32, _mm256_permutevar8x32_ps, _mm256_rsqrt_ps,
     _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi32, _mm256_setzero_si256,
     _mm256_shuffle_epi8, _mm256_shuffle_ps, _mm256_slli_epi16, _mm256_slli_epi32,
-    _mm256_srai_epi32, _mm256_srl_epi16, _mm256_srli_epi32, _mm256_storeu_ps, _mm256_storeu_si256,
-    _mm256_unpackhi_epi32, _mm256_unpacklo_epi32,
+    _mm256_srai_epi32, _mm256_srl_epi16, _mm256_srl_epi32, _mm256_srli_epi32, _mm256_storeu_ps,
+    _mm256_storeu_si256, _mm256_unpackhi_epi32, _mm256_unpacklo_epi32,
 };
 
 use super::{Simd, Task};
@@ -30,6 +30,7 @@ impl Simd for Avx2 {
     const REGISTERS: usize = 16;
     const LOOK_UP_CYCLES: [f64; 3] = [2.9, 4.7, 8.6];
     const BYTE_LOOK_UP_CYCLES: [f64; 2] = [5.0, 8.0];
+    const LOOK_UP_F32_CYCLES: [f64; 3] = [2.0, 3.8, 7.5];
     type F32 = __m256;
     type I16 = __m256i;
     type I32 = __m256i;
@@ -437,6 +438,35 @@ impl Simd for Avx2 {
                     _mm256_blendv_epi8(c, d, by_bit_5),
                     by_bit_6,
                 ),
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn shift_right_i32<const BITS: u32>(self, vector: __m256i) -> __m256i {
+        // SAFETY: `self` proves AVX2.
+        unsafe { _mm256_srl_epi32(vector, _mm_cvtsi32_si128(BITS as i32)) }
+    }
+
+    #[inline(always)]
+    unsafe fn look_up_f32<const BITS: u32>(self, entries: *const f32, indices: __m256i) -> __m256 {
+        // SAFETY: `self` proves AVX2; the caller vouches for 2^BITS entries.
+        unsafe {
+            // A permutation sees the lowest 3 bits and takes from 8 entries; the
+            // bits above them choose between permutations. A blend sees the
+            // highest bit.
+            let by_bit_3 = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(indices));
+            let by_bit_4 = _mm256_castsi256_ps(_mm256_slli_epi32::<27>(indices));
+            let by_bit_5 = _mm256_castsi256_ps(_mm256_slli_epi32::<26>(indices));
+            let eight =
+                |i: usize| _mm256_permutevar8x32_ps(_mm256_loadu_ps(entries.add(8 * i)), indices);
+            let sixteen = |i: usize| _mm256_blendv_ps(eight(2 * i), eight(2 * i + 1), by_bit_3);
+            let thirty_two =
+                |i: usize| _mm256_blendv_ps(sixteen(2 * i), sixteen(2 * i + 1), by_bit_4);
+            match BITS {
+                4 => sixteen(0),
+                5 => thirty_two(0),
+                _ => _mm256_blendv_ps(thirty_two(0), thirty_two(1), by_bit_5),
             }
         }
     }

@@ -7,16 +7,16 @@ use std::arch::x86_64::{
     _mm512_cvtepi16_epi32, _mm512_cvtepi32_ps, _mm512_cvtps_epi32, _mm512_cvtsepi32_epi16,
     _mm512_div_ps, _mm512_dpbusd_epi32, _mm512_dpwssd_epi32, _mm512_extracti64x4_epi64,
     _mm512_fmadd_ps, _mm512_inserti64x4, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_madd_epi16,
-    _mm512_maddubs_epi16, _mm512_mask_blend_epi16, _mm512_mask_max_ps, _mm512_mask_shuffle_epi8,
-    _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_min_ps, _mm512_movepi8_mask,
-    _mm512_mul_ps, _mm512_packs_epi16, _mm512_packs_epi32, _mm512_permutex2var_epi8,
-    _mm512_permutex2var_epi16, _mm512_permutex2var_epi32, _mm512_permutex2var_ps,
-    _mm512_permutexvar_epi8, _mm512_permutexvar_epi16, _mm512_permutexvar_epi32,
-    _mm512_permutexvar_ps, _mm512_rsqrt14_ps, _mm512_set1_epi16, _mm512_set1_epi32, _mm512_set1_ps,
-    _mm512_setr_epi32, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_shuffle_f32x4,
-    _mm512_shuffle_ps, _mm512_slli_epi16, _mm512_slli_epi32, _mm512_srai_epi32, _mm512_srli_epi16,
-    _mm512_srli_epi32, _mm512_storeu_ps, _mm512_storeu_si512, _mm512_unpackhi_ps,
-    _mm512_unpacklo_ps,
+    _mm512_maddubs_epi16, _mm512_mask_blend_epi16, _mm512_mask_blend_ps, _mm512_mask_max_ps,
+    _mm512_mask_shuffle_epi8, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_min_ps,
+    _mm512_movepi8_mask, _mm512_mul_ps, _mm512_packs_epi16, _mm512_packs_epi32,
+    _mm512_permutex2var_epi8, _mm512_permutex2var_epi16, _mm512_permutex2var_epi32,
+    _mm512_permutex2var_ps, _mm512_permutexvar_epi8, _mm512_permutexvar_epi16,
+    _mm512_permutexvar_epi32, _mm512_permutexvar_ps, _mm512_rsqrt14_ps, _mm512_set1_epi16,
+    _mm512_set1_epi32, _mm512_set1_ps, _mm512_setr_epi32, _mm512_setzero_ps, _mm512_setzero_si512,
+    _mm512_shuffle_f32x4, _mm512_shuffle_ps, _mm512_slli_epi16, _mm512_slli_epi32,
+    _mm512_srai_epi32, _mm512_srli_epi16, _mm512_srli_epi32, _mm512_storeu_ps, _mm512_storeu_si512,
+    _mm512_test_epi32_mask, _mm512_unpackhi_ps, _mm512_unpacklo_ps,
 };
 
 use super::{Simd, Task};
@@ -38,6 +38,7 @@ impl<const VNNI: bool, const VBMI: bool> Simd for Avx512<VNNI, VBMI> {
     const REGISTERS: usize = 32;
     const LOOK_UP_CYCLES: [f64; 3] = [2.0, 2.0, 2.2];
     const BYTE_LOOK_UP_CYCLES: [f64; 2] = if VBMI { [1.35, 2.1] } else { [5.0, 14.0] };
+    const LOOK_UP_F32_CYCLES: [f64; 3] = [2.5, 2.7, 3.6];
     type F32 = __m512;
     type I16 = __m512i;
     type I32 = __m512i;
@@ -506,6 +507,32 @@ impl<const VNNI: bool, const VBMI: bool> Simd for Avx512<VNNI, VBMI> {
                 _mm512_permutex2var_epi16(lower, indices, upper)
             } else {
                 _mm512_permutexvar_epi16(indices, lower)
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn shift_right_i32<const BITS: u32>(self, vector: __m512i) -> __m512i {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe { _mm512_srli_epi32::<BITS>(vector) }
+    }
+
+    #[inline(always)]
+    unsafe fn look_up_f32<const BITS: u32>(self, entries: *const f32, indices: __m512i) -> __m512 {
+        // SAFETY: `self` proves AVX-512 F; the caller vouches for 2^BITS
+        // entries. Permutations ignore bits that choose among more entries than
+        // they have.
+        unsafe {
+            let sixteen = |i: usize| _mm512_loadu_ps(entries.add(16 * i));
+            match BITS {
+                4 => _mm512_permutexvar_ps(indices, sixteen(0)),
+                5 => _mm512_permutex2var_ps(sixteen(0), indices, sixteen(1)),
+                _ => {
+                    let lower = _mm512_permutex2var_ps(sixteen(0), indices, sixteen(1));
+                    let upper = _mm512_permutex2var_ps(sixteen(2), indices, sixteen(3));
+                    let is_upper = _mm512_test_epi32_mask(indices, _mm512_set1_epi32(32));
+                    _mm512_mask_blend_ps(is_upper, lower, upper)
+                }
             }
         }
     }

@@ -16,6 +16,7 @@ impl<const N: usize> Simd for Portable<N> {
     const REGISTERS: usize = 16;
     const LOOK_UP_CYCLES: [f64; 3] = [12.0 * N as f64; 3];
     const BYTE_LOOK_UP_CYCLES: [f64; 2] = [12.0 * N as f64; 2];
+    const LOOK_UP_F32_CYCLES: [f64; 3] = [6.0 * N as f64; 3];
     type F32 = [f32; N];
     /// The lower and the upper half.
     type I16 = [[i16; N]; 2];
@@ -328,6 +329,23 @@ impl<const N: usize> Simd for Portable<N> {
         // entries.
         let entry = |index: i16| unsafe { *entries.add(usize::from(index.cast_unsigned()) & mask) };
         std::array::from_fn(|half| std::array::from_fn(|i| entry(indices[half][i])))
+    }
+
+    #[inline(always)]
+    fn shift_right_i32<const BITS: u32>(self, vector: [i32; N]) -> [i32; N] {
+        vector.map(|x| (x.cast_unsigned() >> BITS).cast_signed())
+    }
+
+    #[inline(always)]
+    unsafe fn look_up_f32<const BITS: u32>(
+        self,
+        entries: *const f32,
+        indices: [i32; N],
+    ) -> [f32; N] {
+        let mask = (1usize << BITS) - 1;
+        // SAFETY: the index is below 2^BITS; the caller vouches for as many
+        // entries.
+        indices.map(|index| unsafe { *entries.add(index.cast_unsigned() as usize & mask) })
     }
 
     #[inline(always)]

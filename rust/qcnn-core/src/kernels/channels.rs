@@ -105,7 +105,7 @@ pub(crate) struct ChannelsConv<S> {
     codewords: Vec<i32>,
     /// For each group, block of outputs, octet and tap the indices of half A for
     /// `BLOCK` vectors of outputs, then of half B.
-    codes: Vec<Line>,
+    codes: Vec<Line<i16>>,
     /// `(groups, padded outputs)`
     bias: Vec<f32>,
 }
@@ -285,7 +285,7 @@ impl<S: Simd> ChannelsConv<S> {
         packed
     }
 
-    fn pack_codes(&self, codes: &[u16]) -> Vec<Line> {
+    fn pack_codes(&self, codes: &[u16]) -> Vec<Line<i16>> {
         let g = &self.geometry;
         let (taps, outputs) = (g.taps(), g.group_out_channels());
         let padded = outputs.next_multiple_of(Self::OUTPUTS);

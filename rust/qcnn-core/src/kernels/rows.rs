@@ -361,12 +361,10 @@ fn cost<S: Simd, C: Cell>(
         let phase = &phases[pass.phase];
         let sources = pass.sources.len() as f64;
         let plane_vectors = (cut.rows + phase.rows.last().copied().unwrap_or(0)) as f64;
-        if pass.rows.start == 0 {
-            // Reading the input, twice; multiplying.
-            let reads = cut.parts.max(C::HALVES) as f64 * 12.0 * dim as f64;
-            let table = table_rows as f64 * vector * C::table_cycles(dim);
-            cycles += sources * plane_vectors * (reads + table);
-        }
+        // Reading the input, twice; multiplying.
+        let reads = cut.parts.max(C::HALVES) as f64 * 12.0 * dim as f64;
+        let table = table_rows as f64 * vector * C::table_cycles(dim);
+        cycles += sources * plane_vectors * (reads + table);
         let columns = phase.columns.len() as f64;
         let n_terms = sources * pass.rows.len() as f64 * columns;
         // Adding a vector, from L1 or L2, and its address, once per strip.
@@ -567,19 +565,17 @@ impl<S: Simd, C: Cell> RowsConv<S, C> {
         for (b, batch) in layout.batches.iter().enumerate() {
             let scale = Scale::read(scales, b);
             for pass in &batch.passes {
-                if pass.rows.start == 0 {
-                    let tables = tables.chunks_exact_mut(layout.table_len());
-                    for (source, table) in pass.sources.clone().zip(tables) {
-                        let codebook = layout.codebook(group, layout.source(source).1);
-                        self.simd.call(Build {
-                            kernel: self,
-                            inputs,
-                            source: (codebook, source),
-                            scale,
-                            table,
-                            scratch: cells,
-                        });
-                    }
+                let built = tables.chunks_exact_mut(layout.table_len());
+                for (source, table) in pass.sources.clone().zip(built) {
+                    let codebook = layout.codebook(group, layout.source(source).1);
+                    self.simd.call(Build {
+                        kernel: self,
+                        inputs,
+                        source: (codebook, source),
+                        scale,
+                        table,
+                        scratch: cells,
+                    });
                 }
                 let n_offsets = padded_outputs * layout.pass_terms(pass);
                 let (pass_offsets, others) = offsets.split_at(n_offsets);
