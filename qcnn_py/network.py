@@ -572,14 +572,16 @@ class Network:
             metadata=self._graph["metadata"],
         )
 
-    def to_onnx(self, path: str | PathLike[str]) -> None:
-        """Write the network, weights decoded to dense float32, as ONNX.
+    def to_onnx(self, path: str | PathLike[str], *, compact: bool = False) -> None:
+        """Write the network as ONNX.
 
-        Needs the package ``onnx`` (extra ``bench``).
+        Weights are decoded to dense float32. In a `compact` file they stay codebooks
+        and packed codes, which standard operators decode when the file is loaded.
+        Needs the package ``onnx`` (extra ``onnx``).
         """
         from qcnn_py.onnx_export import to_onnx
 
-        to_onnx(self, path)
+        to_onnx(self, path, compact=compact)
 
     def __repr__(self) -> str:
         """Return a one-line summary."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from os import PathLike, fspath
 from typing import Any
 
@@ -29,8 +29,12 @@ _FIRST_OPSET = 6
 # Batch sizes that stand for any.
 _PROBES = (5, 7)
 # Operators that leave the order of axes to others.
-_ELEMENTWISE = frozenset({"Add", "Cast", "Clip", "Div", "Identity", "Mul", "Relu", "Sub"})
+_ELEMENTWISE = frozenset(
+    {"Add", "Cast", "Clip", "Div", "Identity", "Mul", "Relu", "Sub"}
+)
 _TO_CHANNELS_FIRST = [0, 3, 1, 2]
+# What a translation returns where it is not a list.
+_SINGLE = (Value, Constant)
 
 
 def read_onnx(
@@ -192,56 +196,66 @@ class _Import:
             domain = f" of domain {node.domain!r}" if node.domain else ""
             raise UnsupportedOperator(
                 f"node {name!r} ({node.op_type}): networks have no such operator"
-                f"{domain}; it would have to be rewritten with {', '.join(sorted(OPERATORS))}"
+                f"{domain}; expected one of {', '.join(sorted(OPERATORS))}"
             )
         attributes = {a.name: _attribute(helper, a) for a in node.attribute}
         if node.op_type == "Split":
             attributes["n_outputs"] = len(node.output)
         self._graph.label = _label(node, inputs)
         used = (i for i, out in enumerate(node.output) if out in self._needed)
-        translated = OPERATORS[node.op_type](
-            OnnxNode(
-                op=node.op_type,
-                name=name,
-                inputs=tuple(inputs),
-                attributes=attributes,
-                opset=self._opset,
-                outputs_used=frozenset(used),
-                batches=self._batches,
-                graph=self._graph,
-            )
+        wrapped = OnnxNode(
+            op=node.op_type,
+            name=name,
+            inputs=tuple(inputs),
+            attributes=attributes,
+            opset=self._opset,
+            outputs_used=frozenset(used),
+            batches=self._batches,
+            graph=self._graph,
         )
-        if isinstance(translated, (Value, Constant)):
-            translated = [translated]
+        try:
+            translated = OPERATORS[node.op_type].translate(wrapped)
+        except QcnnError:
+            raise
+        # Attributes or operands that fit neither the operator nor each other.
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise ModelFormatError(
+                f"node {name!r} ({node.op_type}): {type(error).__name__}: {error}"
+            ) from error
+        results = [translated] if isinstance(translated, _SINGLE) else translated
         # What an operator has beyond these is not used.
-        self._values.update(zip(node.output, translated, strict=False))
+        self._values.update(zip(node.output, results, strict=False))
 
     def _fold(self, node: Any, inputs: Sequence[Any]) -> None:
         """Evaluate a node that does not depend on the image."""
+        from onnx import helper
         from onnx.reference import ReferenceEvaluator
 
         n = 1 if all(v is None or v.fixed for v in inputs) else len(self._batches)
-        names = [name for name in node.input if name]
-        opsets = {o.domain: o.version for o in self._model.opset_import}
+        known = {name: v for name, v in zip(node.input, inputs, strict=True) if v}
+        outputs = [name for name in node.output if name]
+        # A node alone would be taken for one of the newest opset.
+        function = helper.make_function(
+            "qcnn", "folded", list(known), outputs, [node], self._model.opset_import
+        )
         try:
-            evaluator = ReferenceEvaluator(node, opsets=opsets)
-            results = []
-            for i in range(n):
-                arrays = [value.arrays[i] for value in inputs if value is not None]
-                feeds = dict(zip(names, arrays, strict=True))
-                results.append(evaluator.run(None, feeds))
+            evaluator = ReferenceEvaluator(function)
+            results = [
+                evaluator.run(None, {name: v.arrays[i] for name, v in known.items()})
+                for i in range(n)
+            ]
         # Whatever the evaluator raises: it is about this node.
         except Exception as error:
             raise UnsupportedOperator(
                 f"node {_shown(node)!r} ({node.op_type}): it does not depend on the "
                 f"image but cannot be evaluated: {type(error).__name__}: {error}"
             ) from error
-        # What a constant is made from names it.
-        sources = [v.source for v in inputs if isinstance(v, Constant) and v.source]
-        source = sources[0] if sources else node.output[0]
-        for name, *arrays in zip(node.output, *results, strict=True):
-            if name:
-                self._values[name] = self._constant(arrays, source)
+        # A weight is named by what it is made from, where it has no telling name.
+        source = outputs[0]
+        if not _WEIGHT.search(source):
+            source = next((v.source for v in known.values()), source)
+        for name, *arrays in zip(outputs, *results, strict=True):
+            self._values[name] = self._constant(arrays, source)
 
     def _constant(self, arrays: Sequence[npt.NDArray[Any]], source: str) -> Constant:
         checked = [np.asarray(array) for array in arrays]
@@ -303,15 +317,14 @@ def _input_shape(
     if len(dims) not in (2, 4):
         raise ShapeError(f"{shown}, expected (N, features) or (N, channels, H, W)")
     batches = (dims[0],) if isinstance(dims[0], int) else _PROBES
-    shape = dims[1:] if wanted is None else list(wanted)
-    if any(not isinstance(n, int) or n < 1 for n in shape):
+    given = dims[1:] if wanted is None else list(wanted)
+    shape = tuple(n for n in given if isinstance(n, int) and n > 0)
+    if len(shape) != len(given):
         raise ShapeError(f"{shown}, which is open; give input_shape")
-    pairs = zip(shape, dims[1:], strict=False)
-    if len(shape) != len(dims) - 1 or any(
-        isinstance(n, int) and n != m for m, n in pairs
-    ):
-        raise ShapeError(f"{shown}, but input_shape is {tuple(shape)}")
-    return tuple(shape), batches
+    fits = (m == n or isinstance(m, str) for m, n in zip(dims[1:], shape, strict=False))
+    if len(shape) != len(dims) - 1 or not all(fits):
+        raise ShapeError(f"{shown}, but input_shape is {shape}")
+    return shape, batches
 
 
 def _starts_with_transposition(graph: Any, name: str) -> bool:
