@@ -228,18 +228,21 @@ class _Import:
 
     def _fold(self, node: Any, inputs: Sequence[Any]) -> None:
         """Evaluate a node that does not depend on the image."""
-        from onnx import helper
+        from onnx import GraphProto, ValueInfoProto
         from onnx.reference import ReferenceEvaluator
 
         n = 1 if all(v is None or v.fixed for v in inputs) else len(self._batches)
         known = {name: v for name, v in zip(node.input, inputs, strict=True) if v}
         outputs = [name for name in node.output if name]
         # A node alone would be taken for one of the newest opset.
-        function = helper.make_function(
-            "qcnn", "folded", list(known), outputs, [node], self._model.opset_import
+        graph = GraphProto(
+            node=[node],
+            input=[ValueInfoProto(name=name) for name in known],
+            output=[ValueInfoProto(name=name) for name in outputs],
         )
+        opsets = {o.domain: o.version for o in self._model.opset_import}
         try:
-            evaluator = ReferenceEvaluator(function)
+            evaluator = ReferenceEvaluator(graph, opsets=opsets)
             results = [
                 evaluator.run(None, {name: v.arrays[i] for name, v in known.items()})
                 for i in range(n)

@@ -255,14 +255,12 @@ def _gemm(node: OnnxNode) -> Value:
     value = node.value()
     if node.attributes.get("transA", 0):
         raise node.unsupported("transA is 1, which mixes the images of a batch")
-    weight = node.constant(1, "the weight") * np.float32(
-        node.attributes.get("alpha", 1)
-    )
+    weight = _scaled(node.constant(1, "the weight"), node.attributes.get("alpha", 1))
     if not node.attributes.get("transB", 0):
         weight = weight.T
     bias = None
     if node.given(2):
-        bias = node.constant(2, "the bias") * np.float32(node.attributes.get("beta", 1))
+        bias = _scaled(node.constant(2, "the bias"), node.attributes.get("beta", 1))
         if bias.ndim == 2 and len(bias) > 1:
             raise node.unsupported("the bias differs between images of a batch")
         bias = np.broadcast_to(bias.reshape(-1), len(weight))
@@ -280,6 +278,10 @@ def _matmul(node: OnnxNode) -> Value:
     if weight.ndim != 2:
         raise node.unsupported(f"the second operand has {weight.ndim} axes, expected 2")
     return _fully_connected(node, value, weight.T, None)
+
+
+def _scaled(array: Array, factor: float) -> Array:
+    return array if factor == 1 else array * np.float32(factor)
 
 
 def _fully_connected(
@@ -718,8 +720,8 @@ def _mul(node: OnnxNode) -> Value:
             if op := _self_gate(node, value, gate):
                 return node.graph.apply(op, value)
         return _broadcast(node, "mul", first, second)
-    value, constant = (first, second) if isinstance(first, Value) else (second, first)
-    assert isinstance(value, Value)
+    own = 0 if isinstance(first, Value) else 1
+    value, constant = node.value(own), node.inputs[1 - own]
     assert isinstance(constant, Constant)
     return node.graph.affine(value, node.per_image(constant, value), 0)
 
@@ -792,7 +794,7 @@ def _concat(node: OnnxNode) -> Value:
             array = operand.arrays[0]
             if not array.size:
                 continue
-            if (array != array.flat[0]).any() or front and array.flat[0] != number:
+            if (array != array.flat[0]).any() or (front and array.flat[0] != number):
                 raise node.unsupported("constant operands hold different numbers")
             number = float(array.flat[0])
             count = array.shape[axis + 1]
