@@ -315,15 +315,20 @@ def _input_shape(
     if kind.elem_type != TensorProto.FLOAT:
         got = TensorProto.DataType.Name(kind.elem_type)
         raise ModelFormatError(f"input {value.name!r} is {got}, expected FLOAT")
-    dims = [d.dim_value or d.dim_param or "?" for d in kind.shape.dim]
+    dims = [
+        d.dim_value if d.HasField("dim_value") else d.dim_param or "?"
+        for d in kind.shape.dim
+    ]
     shown = f"input {value.name!r} has shape ({', '.join(map(str, dims))})"
     if len(dims) not in (2, 4):
         raise ShapeError(f"{shown}, expected (N, features) or (N, channels, H, W)")
     batches = (dims[0],) if isinstance(dims[0], int) else _PROBES
     given = dims[1:] if wanted is None else list(wanted)
-    shape = tuple(n for n in given if isinstance(n, int) and n > 0)
+    shape = tuple(n for n in given if isinstance(n, int))
     if len(shape) != len(given):
         raise ShapeError(f"{shown}, which is open; give input_shape")
+    if min(*shape, *batches) < 1:
+        raise ShapeError(f"{shown}, expected extents of at least 1")
     fits = (m == n or isinstance(m, str) for m, n in zip(dims[1:], shape, strict=False))
     if len(shape) != len(dims) - 1 or not all(fits):
         raise ShapeError(f"{shown}, but input_shape is {shape}")

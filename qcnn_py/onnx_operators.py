@@ -598,13 +598,16 @@ def _prelu(node: OnnxNode) -> Value:
 
 
 @_operator(
-    "`silu`; only with `alpha` 1",
+    "`silu`; with another `alpha` than 1, `mul` and `sigmoid`",
     "Swish",
 )
 def _swish(node: OnnxNode) -> Value:
-    if node.attributes.get("alpha", 1.0) != 1:
-        raise node.unsupported("alpha is not 1")
-    return node.graph.apply("silu", node.value())
+    value, graph = node.value(), node.graph
+    alpha = float(node.attributes.get("alpha", 1.0))
+    if alpha == 1:
+        return graph.apply("silu", value)
+    gate = graph.apply("sigmoid", graph.affine(value, alpha, 0))
+    return _broadcast(node, "mul", value, gate)
 
 
 @_operator(

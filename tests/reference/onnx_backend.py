@@ -9,6 +9,7 @@ inputs arrive as features and get their shape in the model.
 
 import tempfile
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,10 @@ class Representation(BackendRep):
 
 def _from_features(model: onnx.ModelProto, arrays: dict[str, np.ndarray]) -> np.ndarray:
     """Let a model take its inputs as pieces of one vector of features."""
-    pieces = {name: array.reshape(len(array), -1) for name, array in arrays.items()}
+    pieces = {
+        name: array.reshape(len(array), prod(array.shape[1:]))
+        for name, array in arrays.items()
+    }
     batch = np.concatenate(list(pieces.values()), axis=1)
     opset = next(o.version for o in model.opset_import if o.domain == "")
     before, start = [], 0
