@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from os import PathLike, fspath
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -90,7 +90,6 @@ def read_onnx(
         ) from error
     try:
         model = onnx.load(path)
-        checker.check_model(fspath(path))
         if model.functions:
             model = inliner.inline_local_functions(model)
     except (DecodeError, checker.ValidationError) as error:
@@ -117,9 +116,7 @@ class _Import:
         self._needed = _needed(graph.node, {self._output})
         initializers = {tensor.name: tensor for tensor in graph.initializer}
         inputs = [
-            value
-            for value in graph.input
-            if value.name not in initializers and value.name in self._needed
+            v for v in graph.input if v.name in self._needed - initializers.keys()
         ]
         if len(inputs) != 1:
             names = ", ".join(repr(value.name) for value in inputs) or "none"
@@ -145,10 +142,11 @@ class _Import:
     def network(self) -> Network:
         """Translate all nodes that the output needs."""
         self._translate(self._model.graph.node)
-        result = self._values[self._output]
+        result = self._values.get(self._output)
         if not isinstance(result, Value):
+            found = "constant" if result else "not computed by any node"
             raise ModelFormatError(
-                f"output {self._output!r} is constant, expected one that depends on "
+                f"output {self._output!r} is {found}, expected one that depends on "
                 f"{self._input.name!r}"
             )
         metadata: dict[str, Any] = {"origin": "ONNX"}
@@ -161,13 +159,21 @@ class _Import:
         for node in nodes:
             if self._needed.isdisjoint(node.output):
                 continue
-            inputs = [self._values[name] if name else None for name in node.input]
+            inputs = [self._operand(node, name) for name in node.input]
             if node.op_type == "If" and isinstance(inputs[0], Constant):
                 self._branch(node, inputs[0])
             elif any(isinstance(value, Value) for value in inputs):
                 self._append(node, inputs)
             else:
                 self._fold(node, inputs)
+
+    def _operand(self, node: Any, name: str) -> Value | Constant | None:
+        if name and name not in self._values:
+            raise ModelFormatError(
+                f"node {_shown(node)!r} ({node.op_type}): nothing before it computes "
+                f"its input {name!r}"
+            )
+        return self._values.get(name)
 
     def _branch(self, node: Any, condition: Constant) -> None:
         """Translate the one branch that the condition chooses."""

@@ -82,7 +82,7 @@ OUT_OF_SCOPE = {
         expand_dim_changed expand_dim_unchanged expand_shape_model2 expand_shape_model3
         expand_shape_model4
     """,
-    "both operands are computed from the image, or a constant differs between images": """
+    "both operands are computed, or a constant differs between images": """
         causal_conv_with_state_decode_step_expanded
         causal_conv_with_state_with_bias_and_past_state_expanded
         causal_conv_with_state_with_past_state_expanded div div_example
