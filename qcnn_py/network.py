@@ -140,6 +140,11 @@ class LayerInfo:
         """Input channels of one group, or input features."""
         return self.input_shape[0] // self.groups
 
+    @property
+    def depthwise(self) -> bool:
+        """Whether each output of a convolution sees one input channel of several."""
+        return self.groups > 1 and self.channels == 1
+
 
 class Network:
     """A convolutional network: nodes in topological order and their tensors.
@@ -327,6 +332,18 @@ class Network:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Per-image shape of every value, the input included."""
         return self._shapes
+
+    @property
+    def final_softmax(self) -> Node | None:
+        """Node that makes the outputs probabilities, if there is one."""
+        name = self.output
+        while (node := self._by_name.get(name)) is not None:
+            if node.op == "softmax":
+                return node
+            if node.op not in ("flatten", "reshape"):
+                break
+            name = node.inputs[0]
+        return None
 
     def node(self, name: str) -> Node:
         """Return the node called `name`; ``KeyError`` if there is none."""
