@@ -331,13 +331,13 @@ def _decoding(network: Network, node: Node) -> tuple[list[Any], list[Any]]:
         value = append("Reshape", "rows", value, integers("row", -1, bits))
         value = append("Cast", "digits", value, to=TensorProto.FLOAT)
         value = append("MatMul", "numbers", value, constant("powers", powers))
-    value = append("Cast", "indices", value, to=TensorProto.INT64)
+    value = append("Cast", "indices", value, to=TensorProto.INT32)
     value = append(
         "Reshape", "table", value, integers("table_shape", sets, -1, n_subspaces)
     )
     # Rows of all codebooks below each other.
     first = n_centroids * np.arange(sets * n_subspaces).reshape(sets, 1, n_subspaces)
-    value = append("Add", "placed", value, constant("first", first.astype(np.int64)))
+    value = append("Add", "placed", value, constant("first", first.astype(np.int32)))
     rows = constant("codebooks", books.reshape(-1, dsub))
     value = append("Gather", "vectors", rows, value, axis=0)
     shape = (*codes.shape[:-1], n_subspaces * dsub)

@@ -22,6 +22,7 @@ from random_networks import NetworkBuilder, Quantized, relative_error
 
 import qcnn_py
 from qcnn_py import ModelFormatError, ShapeError, UnsupportedOperator, read_onnx
+from qcnn_py.onnx_operators import operator_table
 
 TOLERANCE = 1e-5
 
@@ -584,6 +585,12 @@ def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(ImportError, match=r"pip install 'qcnn\[onnx\]'"):
         read_onnx("model.onnx")
+
+
+def test_documented_operators_are_those_of_the_code() -> None:
+    documentation = Path(__file__).parents[2] / "docs" / "onnx.md"
+    # To be updated with: python -m qcnn_py.onnx_operators
+    assert operator_table() in documentation.read_text("utf-8")
 
 
 REAL_NETWORKS = {
