@@ -273,6 +273,28 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
     /// `target` is valid for writes of `n` values.
     unsafe fn store_part(self, target: *mut f32, vector: Self::F32, n: usize);
 
+    /// The values at `source` in lanes `begin` to `end`, lane i being value i;
+    /// zeros in the others.
+    ///
+    /// # Safety
+    ///
+    /// `begin <= end <= LANES`, and values `begin` to `end` are valid for reads.
+    /// Nothing else need be, not even `source`.
+    unsafe fn load_range(self, source: *const f32, begin: usize, end: usize) -> Self::F32;
+
+    /// The inverse of [`load_range`](Self::load_range): write lanes `begin` to
+    /// `end`.
+    ///
+    /// # Safety
+    ///
+    /// `begin <= end <= LANES`, and values `begin` to `end` are valid for writes.
+    /// Nothing else need be, not even `target`.
+    unsafe fn store_range(self, target: *mut f32, vector: Self::F32, begin: usize, end: usize);
+
+    /// Lane `i` becomes lane `i + distance`; the last `distance` lanes become
+    /// any of the others.
+    fn shift(self, vector: Self::F32, distance: usize) -> Self::F32;
+
     /// The first `LANES` values of a slice, zeros where it is shorter.
     #[inline(always)]
     fn load_first(self, values: &[f32]) -> Self::F32 {
@@ -321,6 +343,20 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
 
     /// Every lane `value`.
     fn splat_i32(self, value: i32) -> Self::I32;
+
+    /// The `LANES` integers at `source`, which needs no alignment.
+    ///
+    /// # Safety
+    ///
+    /// `source` is valid for reads of `LANES` integers.
+    unsafe fn load_i32(self, source: *const i32) -> Self::I32;
+
+    /// Write the `LANES` integers to `target`, which needs no alignment.
+    ///
+    /// # Safety
+    ///
+    /// `target` is valid for writes of `LANES` integers.
+    unsafe fn store_i32(self, target: *mut i32, vector: Self::I32);
 
     /// `c + a[2i] * b[2i] + a[2i + 1] * b[2i + 1]`, modulo 2^32.
     fn dot_i16(self, a: Self::I16, b: Self::I16, c: Self::I32) -> Self::I32;
@@ -482,6 +518,17 @@ mod tests {
                 s.store(floats.as_mut_ptr(), low);
                 s.store(floats.as_mut_ptr().add(S::LANES), high);
             }
+            // SAFETY: both buffers hold LANES integers beyond element 1.
+            unsafe {
+                let source: Vec<i32> = (0..=S::LANES as i32).map(|i| i * 70_000).collect();
+                let mut target = vec![-1; S::LANES + 2];
+                s.store_i32(
+                    target.as_mut_ptr().add(1),
+                    s.load_i32(source.as_ptr().add(1)),
+                );
+                assert_eq!(target[1..=S::LANES], source[1..], "{}", S::NAME);
+                assert_eq!([target[0], target[S::LANES + 1]], [-1; 2], "{}", S::NAME);
+            }
             for i in 0..lanes {
                 let sum = 3 * i32::from(a[i]) - 2 * i32::from(b[i]) + (1 << 15);
                 assert_eq!(i32::from(products[i]), sum >> 16, "{} {i}", S::NAME);
@@ -544,6 +591,25 @@ mod tests {
                 let error = got * f64::from(x).sqrt() - 1.0;
                 assert!(error.abs() < 1.0 / 2048.0, "{}: {x} {error}", S::NAME);
             }
+        }
+        for distance in 0..S::LANES {
+            let shifted = get(s.shift(va, distance));
+            let kept = S::LANES - distance;
+            assert_eq!(shifted[..kept], a[distance..], "{} {distance}", S::NAME);
+        }
+        for (begin, end) in (0..=S::LANES).flat_map(|end| (0..=end).map(move |b| (b, end))) {
+            // Of the slices only the range exists.
+            let range = a[begin..end].to_vec();
+            let mut expected = vec![0.0; S::LANES];
+            expected[begin..end].copy_from_slice(&range);
+            let mut target = vec![7.0; end - begin];
+            // SAFETY: both hold the range; other lanes are not touched.
+            unsafe {
+                let loaded = s.load_range(range.as_ptr().wrapping_sub(begin), begin, end);
+                assert_eq!(get(loaded), expected, "{} {begin}..{end}", S::NAME);
+                s.store_range(target.as_mut_ptr().wrapping_sub(begin), va, begin, end);
+            }
+            assert_eq!(target, range, "{} {begin}..{end}", S::NAME);
         }
         for n in 0..=S::LANES {
             let mut expected = vec![0.0; S::LANES];

@@ -3,16 +3,18 @@
 use std::arch::x86_64::{
     __m128i, __m256, __m256i, _CMP_UNORD_Q, _MM_HINT_T0, _mm_cvtsi32_si128, _mm_loadu_si128,
     _mm_prefetch, _mm256_add_epi16, _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256,
-    _mm256_blend_epi16, _mm256_blendv_epi8, _mm256_blendv_ps, _mm256_broadcastsi128_si256,
-    _mm256_castpd_ps, _mm256_castps_pd, _mm256_castsi256_si128, _mm256_cmp_ps, _mm256_cmpgt_epi32,
-    _mm256_cvtepi16_epi32, _mm256_cvtepi32_ps, _mm256_cvtps_epi32, _mm256_extracti128_si256,
-    _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maskload_ps,
-    _mm256_maskstore_ps, _mm256_max_ps, _mm256_mul_ps, _mm256_mullo_epi16, _mm256_or_si256,
-    _mm256_packs_epi32, _mm256_permute2x128_si256, _mm256_permute4x64_epi64, _mm256_permute4x64_pd,
-    _mm256_permutevar8x32_epi32, _mm256_rsqrt_ps, _mm256_set1_epi16, _mm256_set1_epi32,
-    _mm256_set1_ps, _mm256_setr_epi32, _mm256_setzero_si256, _mm256_shuffle_epi8,
-    _mm256_shuffle_ps, _mm256_slli_epi16, _mm256_slli_epi32, _mm256_srl_epi16, _mm256_srli_epi32,
-    _mm256_storeu_ps, _mm256_storeu_si256, _mm256_unpackhi_epi32, _mm256_unpacklo_epi32,
+    _mm256_andnot_si256, _mm256_blend_epi16, _mm256_blendv_epi8, _mm256_blendv_ps,
+    _mm256_broadcastsi128_si256, _mm256_castpd_ps, _mm256_castps_pd, _mm256_castsi256_si128,
+    _mm256_cmp_ps, _mm256_cmpgt_epi32, _mm256_cvtepi16_epi32, _mm256_cvtepi32_ps,
+    _mm256_cvtps_epi32, _mm256_extracti128_si256, _mm256_fmadd_ps, _mm256_loadu_ps,
+    _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maskload_ps, _mm256_maskstore_ps, _mm256_max_ps,
+    _mm256_mul_ps, _mm256_mullo_epi16, _mm256_or_si256, _mm256_packs_epi32,
+    _mm256_permute2x128_si256, _mm256_permute4x64_epi64, _mm256_permute4x64_pd,
+    _mm256_permutevar8x32_epi32, _mm256_permutevar8x32_ps, _mm256_rsqrt_ps, _mm256_set1_epi16,
+    _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi32, _mm256_setzero_si256,
+    _mm256_shuffle_epi8, _mm256_shuffle_ps, _mm256_slli_epi16, _mm256_slli_epi32, _mm256_srl_epi16,
+    _mm256_srli_epi32, _mm256_storeu_ps, _mm256_storeu_si256, _mm256_unpackhi_epi32,
+    _mm256_unpacklo_epi32,
 };
 
 use super::{Simd, Task};
@@ -124,6 +126,44 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn load_range(self, source: *const f32, begin: usize, end: usize) -> __m256 {
+        // SAFETY: `self` proves AVX2; the caller vouches for the values of the
+        // range, and masked lanes are not read.
+        unsafe {
+            let others = first_lanes(self, begin);
+            let mask = _mm256_andnot_si256(others, first_lanes(self, end));
+            _mm256_maskload_ps(source, mask)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_range(self, target: *mut f32, vector: __m256, begin: usize, end: usize) {
+        // Masked stores are slow on CPUs of AMD.
+        let mut lanes = [0.0f32; 8];
+        // SAFETY: `lanes` holds a vector; the caller vouches for the values of
+        // the range, and that it lies within a vector.
+        unsafe {
+            if end - begin == Self::LANES {
+                self.store(target, vector);
+            } else {
+                self.store(lanes.as_mut_ptr(), vector);
+                let target = target.wrapping_add(begin);
+                target.copy_from_nonoverlapping(lanes.as_ptr().add(begin), end - begin);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn shift(self, vector: __m256, distance: usize) -> __m256 {
+        // SAFETY: `self` proves AVX2. Of each index only the lowest 3 bits count.
+        unsafe {
+            let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+            let index = _mm256_add_epi32(lanes, _mm256_set1_epi32(distance as i32));
+            _mm256_permutevar8x32_ps(vector, index)
+        }
+    }
+
+    #[inline(always)]
     fn zero_i16(self) -> __m256i {
         // SAFETY: `self` proves AVX, which AVX2 includes.
         unsafe { _mm256_setzero_si256() }
@@ -176,6 +216,18 @@ impl Simd for Avx2 {
     fn splat_i32(self, value: i32) -> __m256i {
         // SAFETY: `self` proves AVX, which AVX2 includes.
         unsafe { _mm256_set1_epi32(value) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_i32(self, source: *const i32) -> __m256i {
+        // SAFETY: `self` proves AVX2; the caller vouches for 8 readable values.
+        unsafe { _mm256_loadu_si256(source.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_i32(self, target: *mut i32, vector: __m256i) {
+        // SAFETY: `self` proves AVX2; the caller vouches for 8 writable values.
+        unsafe { _mm256_storeu_si256(target.cast(), vector) }
     }
 
     #[inline(always)]

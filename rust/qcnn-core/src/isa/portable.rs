@@ -105,6 +105,31 @@ impl<const N: usize> Simd for Portable<N> {
     }
 
     #[inline(always)]
+    unsafe fn load_range(self, source: *const f32, begin: usize, end: usize) -> [f32; N] {
+        std::array::from_fn(|i| {
+            if (begin..end).contains(&i) {
+                // SAFETY: the caller vouches for the values of the range.
+                unsafe { source.wrapping_add(i).read() }
+            } else {
+                0.0
+            }
+        })
+    }
+
+    #[inline(always)]
+    unsafe fn store_range(self, target: *mut f32, vector: [f32; N], begin: usize, end: usize) {
+        for (i, lane) in vector.iter().enumerate().take(end).skip(begin) {
+            // SAFETY: the caller vouches for the values of the range.
+            unsafe { target.wrapping_add(i).write(*lane) };
+        }
+    }
+
+    #[inline(always)]
+    fn shift(self, vector: [f32; N], distance: usize) -> [f32; N] {
+        std::array::from_fn(|i| vector[(i + distance) % N])
+    }
+
+    #[inline(always)]
     fn zero_i16(self) -> [[i16; N]; 2] {
         [[0; N]; 2]
     }
@@ -149,6 +174,18 @@ impl<const N: usize> Simd for Portable<N> {
     #[inline(always)]
     fn splat_i32(self, value: i32) -> [i32; N] {
         [value; N]
+    }
+
+    #[inline(always)]
+    unsafe fn load_i32(self, source: *const i32) -> [i32; N] {
+        // SAFETY: the caller vouches for N readable values.
+        unsafe { source.cast::<[i32; N]>().read_unaligned() }
+    }
+
+    #[inline(always)]
+    unsafe fn store_i32(self, target: *mut i32, vector: [i32; N]) {
+        // SAFETY: the caller vouches for N writable values.
+        unsafe { target.cast::<[i32; N]>().write_unaligned(vector) }
     }
 
     #[inline(always)]

@@ -67,7 +67,7 @@ impl<S: Simd> Gemm16Conv<S> {
         let panels = planes.positions(g.out_size).div_ceil(panel_columns::<S>());
         // For a panel of columns: multiplying, packing.
         let pairs = depth.div_ceil(2) as f64;
-        let cycles = pairs * vector_cycles::<S>() * (2.2 * outputs as f64 + 10.0);
+        let cycles = pairs * vector_cycles::<S>() * (2.6 * outputs as f64 + 20.0);
         let cycles = (g.groups * panels) as f64 * cycles;
         Some(Candidate::new(cycles, move || Self::new(simd, layer)))
     }

@@ -31,7 +31,7 @@ use crate::precision::Precision;
 use gemm16::Gemm16Conv;
 use permute::PermuteFc;
 use pixels::PixelsConv;
-use rows::RowsConv;
+use rows::{Float, RowsConv, Short};
 use words::WordsFc;
 
 /// A layer, ready to run.
@@ -198,10 +198,11 @@ fn conv_kernels_of<'a, S: Simd>(
     precision: Precision,
 ) -> Vec<Candidate<'a>> {
     let fast = [
-        RowsConv::candidate(simd, layer),
+        RowsConv::<_, Short>::candidate(simd, layer),
         Gemm16Conv::candidate(simd, layer),
     ];
     let exact = [
+        RowsConv::<_, Float>::candidate(simd, layer),
         PixelsConv::candidate(simd, layer),
         DirectConv::candidate(simd, layer),
         Some(GemmConv::candidate(simd, layer)),

@@ -66,7 +66,7 @@ impl<S: Simd> GemmConv<S> {
         let outputs = g.group_out_channels().next_multiple_of(tile_rows::<S>());
         let vectors = g.out_pixels().next_multiple_of(Self::COLUMNS) / S::LANES;
         // Multiplying one vector, packing one.
-        let cycles = 1.05 * vector_cycles::<S>() * outputs as f64 + 1.5;
+        let cycles = 1.3 * vector_cycles::<S>() * outputs as f64 + 3.0;
         let cycles = (g.groups * depth * vectors) as f64 * cycles;
         Candidate::new(cycles, move || Self::new(simd, layer))
     }
