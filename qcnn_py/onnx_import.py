@@ -33,6 +33,15 @@ _ELEMENTWISE = frozenset(
     {"Add", "Cast", "Clip", "Div", "Identity", "Mul", "Relu", "Sub"}
 )
 _TO_CHANNELS_FIRST = [0, 3, 1, 2]
+# What attributes, tensors or operands raise that do not fit together.
+_MALFORMED = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    TypeError,
+    ValueError,
+)
 # What a translation returns where it is not a list.
 _SINGLE = (Value, Constant)
 
@@ -99,6 +108,9 @@ def read_onnx(
         return _Import(model, input_shape, output).network()
     except QcnnError as error:
         raise type(error)(f"{path}: {error}") from error
+    except _MALFORMED as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ModelFormatError(f"{path}: not a valid ONNX model: {reason}") from error
 
 
 class _Import:
@@ -183,7 +195,7 @@ class _Import:
                 "batch"
             )
         wanted = "then_branch" if condition.arrays[0].item() else "else_branch"
-        branch = next(a.g for a in node.attribute if a.name == wanted)
+        (branch,) = (a.g for a in node.attribute if a.name == wanted)
         from onnx import numpy_helper
 
         for tensor in branch.initializer:
@@ -223,8 +235,7 @@ class _Import:
             translated = OPERATORS[node.op_type].translate(wrapped)
         except QcnnError:
             raise
-        # Attributes or operands that fit neither the operator nor each other.
-        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        except _MALFORMED as error:
             raise ModelFormatError(
                 f"node {name!r} ({node.op_type}): {type(error).__name__}: {error}"
             ) from error

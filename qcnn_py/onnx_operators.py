@@ -514,7 +514,10 @@ def _batch_normalization(node: OnnxNode) -> Value:
         node.constant(i, name).astype(np.float64).reshape(shape)
         for i, name in enumerate(names, start=1)
     )
-    factor = scale / np.sqrt(variance + node.attributes.get("epsilon", 1e-5))
+    radicand = variance + node.attributes.get("epsilon", 1e-5)
+    if not (radicand > 0).all():
+        raise node.unsupported("variance + epsilon is not positive in every channel")
+    factor = scale / np.sqrt(radicand)
     return node.graph.affine(value, factor, bias - mean * factor)
 
 
@@ -933,6 +936,10 @@ def _pad(node: OnnxNode) -> Value:
     if mode != "constant":
         # NumPy knows the same modes.
         for axis, width in widths.items():
+            if max(width) > _MOST_PIECES:
+                raise node.unsupported(
+                    f"pads are {width}, expected at most {_MOST_PIECES}"
+                )
             indices = np.pad(np.arange(value.shape[axis]), width, mode)
             value = _taken(node, value, axis, indices.tolist())
         return value

@@ -4,6 +4,7 @@ The judge is ONNX Runtime. The graphs are small and have the nodes that exporter
 both of PyTorch's, and those that turn channels-last networks into ONNX.
 """
 
+import contextlib
 import sys
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +17,19 @@ import onnxruntime
 import pytest
 from graph_strategies import agree, networks
 from hypothesis import given
+from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from random_networks import NetworkBuilder, Quantized, relative_error
 
 import qcnn_py
-from qcnn_py import ModelFormatError, ShapeError, UnsupportedOperator, read_onnx
+from qcnn_py import (
+    ModelFormatError,
+    QcnnError,
+    ShapeError,
+    UnsupportedOperator,
+    read_onnx,
+)
 from qcnn_py.onnx_operators import operator_table
 
 TOLERANCE = 1e-5
@@ -579,6 +587,24 @@ def test_malformed_files(tmp_path: Path) -> None:
             read_onnx(path)
     with pytest.raises(FileNotFoundError):
         read_onnx(tmp_path / "missing.onnx")
+
+
+@given(data=st.data())
+def test_changed_bytes_raise_nothing_unforeseen(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    g = Graph([data.draw(st.sampled_from(["N", 2])), 3, 8, 8])
+    fill = data.draw(st.sampled_from(list(GRAPHS.values())))
+    path = save(g.model(fill(g)), tmp_path_factory.mktemp("changed"))
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(
+            st.integers(0, 255)
+        )
+    path.write_bytes(content)
+    # Some changes give another valid model.
+    with contextlib.suppress(QcnnError, OSError):
+        read_onnx(path)
 
 
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
