@@ -324,7 +324,8 @@ def _fully_connected(
 
 
 @_operator(
-    "`max_pool`; no dilation, no `Indices`, padding narrower than the kernel",
+    "`max_pool`, with dilation of a `slice` for each window; no `Indices`, padding "
+    "narrower than the kernel",
     "MaxPool",
 )
 def _max_pool(node: OnnxNode) -> Value:
@@ -334,7 +335,8 @@ def _max_pool(node: OnnxNode) -> Value:
 
 
 @_operator(
-    "`average_pool`; no dilation, padding narrower than the kernel",
+    "`average_pool`, with dilation of a `slice` for each window; padding narrower "
+    "than the kernel",
     "AveragePool",
 )
 def _average_pool(node: OnnxNode) -> Value:
@@ -346,21 +348,66 @@ def _pool(node: OnnxNode, op: str, attributes: dict[str, Any]) -> Value:
     value = node.value()
     _spatial(node, value)
     taps = node.attributes["kernel_shape"]
-    if any(d != 1 for d in node.attributes.get("dilations", ())):
-        raise node.unsupported("dilations are not 1; pooling windows have no gaps here")
-    extents, kernel, stride, padding, _ = _window(node, value, taps)
+    extents, kernel, stride, padding, dilation = _window(node, value, taps)
     if kernel == stride == [1, 1] and not any(padding):
         return value
+    channels = value.shape[0]
+    if any(d > 1 and k > 1 for d, k in zip(dilation, kernel, strict=True)):
+        return _dilated_pool(
+            node, op, attributes, extents, kernel, stride, padding, dilation
+        )
     attributes |= {
         "kernel": kernel,
         "stride": stride,
         "padding": padding,
         "ceil_mode": bool(node.attributes.get("ceil_mode", 0)),
     }
-    channels = value.shape[0]
     shape = (channels, *_filled(extents, 1))
     name = node.graph.append(op, [_image(node, value).name], shape, attributes)
     return Value.contiguous(name, (channels, *extents))
+
+
+def _dilated_pool(
+    node: OnnxNode,
+    op: str,
+    attributes: dict[str, Any],
+    extents: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Value:
+    """Pooling whose windows have gaps: they are taken apart and laid side by side."""
+    value, graph = node.value(), node.graph
+    shares = np.ones(1)
+    for i, count in enumerate(extents):
+        axis, extent = i + 1, value.shape[i + 1]
+        before, after = padding[i], padding[i + 2]
+        # Places of each window in the padded axis.
+        places = np.add.outer(
+            stride[i] * np.arange(count), dilation[i] * np.arange(kernel[i])
+        )
+        behind = max(int(places.max()) + 1 - extent - before, 0)
+        if before or behind:
+            number = -_LARGEST if op == "max_pool" else 0.0
+            value = graph.padded(value, {axis: (before, behind)}, number)
+        value = _taken(node, value, axis, places.ravel().tolist())
+        inside = places < before + extent
+        if attributes.get("count_include_pad"):
+            inside = places < before + extent + after
+        else:
+            inside &= places >= before
+        shares = np.multiply.outer(shares, kernel[i] / inside.sum(1))
+    shape = (value.shape[0], *_filled(extents, 1))
+    attributes |= {
+        "kernel": kernel,
+        "stride": kernel,
+        "padding": [0] * 4,
+        "ceil_mode": False,
+    }
+    name = graph.append(op, [_image(node, value).name], shape, attributes)
+    pooled = Value.contiguous(name, (value.shape[0], *extents))
+    return pooled if op == "max_pool" else graph.affine(pooled, shares, 0)
 
 
 def _spatial(node: OnnxNode, value: Value) -> int:

@@ -65,10 +65,6 @@ OUT_OF_SCOPE = {
         batchnorm_epsilon_training_mode batchnorm_example_training_mode training_dropout
         training_dropout_default
     """,
-    "pooling with dilation": """
-        MaxPool1d_stride_padding_dilation MaxPool2d_stride_padding_dilation
-        averagepool_2d_dilations maxpool_2d_dilations
-    """,
     "empty values": """
         reduce_max_empty_set reduce_sum_empty_set
         reduce_sum_empty_set_non_reduced_axis_zero reduce_sum_square_empty_set_expanded

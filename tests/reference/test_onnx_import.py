@@ -236,6 +236,21 @@ def dilated(g: Graph) -> str:
     return g.conv("image", 4, 3, dilations=[2, 2], pads=[2, 0, 1, 2])
 
 
+def dilated_pools(g: Graph) -> str:
+    x = g.add(
+        "MaxPool", "image", kernel_shape=[3, 2], dilations=[2, 3], pads=[2, 1, 1, 1]
+    )
+    return g.add(
+        "AveragePool",
+        x,
+        kernel_shape=[2, 2],
+        dilations=[2, 1],
+        strides=[2, 1],
+        pads=[1, 1, 1, 0],
+        ceil_mode=1,
+    )
+
+
 def pixel_attention(g: Graph) -> str:
     x = g.conv("image", 4, 3)
     mean = g.add("ReduceMean", x, axes=[1], keepdims=1)
@@ -292,6 +307,7 @@ GRAPHS: dict[str, Callable[[Graph], str]] = {
         padded_convolution,
         auto_padding,
         dilated,
+        dilated_pools,
         pixel_attention,
         depth_to_space,
         tokens,
@@ -305,7 +321,8 @@ GRAPHS: dict[str, Callable[[Graph], str]] = {
 def test_graph_agrees_with_onnx_runtime(
     fill: Callable[[Graph], str], batch: int | str, tmp_path: Path
 ) -> None:
-    g = Graph([batch, 3, 8, 8])
+    # Average pooling has dilations from opset 19 on.
+    g = Graph([batch, 3, 8, 8], opset=19 if fill is dilated_pools else 17)
     path = save(g.model(fill(g)), tmp_path)
     images = g.rng.standard_normal((2, 3, 8, 8)).astype(np.float32)
     network = read_onnx(path)
@@ -504,6 +521,13 @@ def _two_images(g: Graph) -> str:
     return g.add("Div", "image", "image")
 
 
+def _pool_indices(g: Graph) -> str:
+    g.nodes.append(
+        helper.make_node("MaxPool", ["image"], ["y", "i"], kernel_shape=[2, 2])
+    )
+    return g.add("Add", "y", g.add("Cast", "i", to=TensorProto.FLOAT))
+
+
 REFUSED: Mapping[str, tuple[Callable[[Graph], str], str]] = {
     "operator": (_unknown, r"node '/gelu/Erf' \(Erf\): networks have no such operator"),
     "batch": (
@@ -511,10 +535,7 @@ REFUSED: Mapping[str, tuple[Callable[[Graph], str], str]] = {
         r"\(Transpose\): perm is \[1, 0, 2, 3\], expected that the batch",
     ),
     "operands": (_two_images, r"\(Div\): the divisor is computed from the image"),
-    "dilation": (
-        lambda g: g.add("MaxPool", "image", kernel_shape=[2, 2], dilations=[2, 2]),
-        "dilations are not 1",
-    ),
+    "indices": (_pool_indices, "its output Indices is used"),
     "weights": (
         lambda g: g.add("MatMul", "image", g.add("Relu", "image")),
         "the second operand is computed from the image, expected a constant",
