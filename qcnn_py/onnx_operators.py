@@ -943,23 +943,29 @@ def _taken(node: OnnxNode, value: Value, axis: int, indices: Sequence[int]) -> V
     extent = value.shape[axis]
     found = [i + extent if i < 0 else i for i in indices]
     if not found or min(found) < 0 or max(found) >= extent:
-        raise node.unsupported(f"it takes {found} of an axis of {extent} elements")
-    parts = []
-    while found:
-        step = max(found[1] - found[0], 1) if len(found) > 1 else 1
-        count = 1
-        while count < len(found) and found[count] == found[0] + count * step:
-            count += 1
-        cut = (found[0], step, count)
-        found = found[count:]
-        parts.append(
-            value if cut == (0, 1, extent) else node.graph.sliced(value, {axis: cut})
-        )
-    if len(parts) > _MOST_PIECES:
         raise node.unsupported(
-            f"it takes an axis apart into {len(parts)} pieces, expected at most "
-            f"{_MOST_PIECES}"
+            f"it takes elements beyond those of an axis of {extent}, or none"
         )
+    cuts: list[tuple[int, int, int]] = []
+    first = 0
+    while first < len(found):
+        start = found[first]
+        ahead = found[first + 1] - start if first + 1 < len(found) else 1
+        step, count = max(ahead, 1), 1
+        while first + count < len(found) and found[first + count] == (
+            start + count * step
+        ):
+            count += 1
+        cuts.append((start, step, count))
+        first += count
+        if len(cuts) > _MOST_PIECES:
+            raise node.unsupported(
+                f"it takes an axis apart into more than {_MOST_PIECES} pieces"
+            )
+    parts = [
+        value if cut == (0, 1, extent) else node.graph.sliced(value, {axis: cut})
+        for cut in cuts
+    ]
     return parts[0] if len(parts) == 1 else node.graph.concatenated(parts, axis)
 
 
