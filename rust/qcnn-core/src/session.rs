@@ -108,6 +108,31 @@ struct Step {
     output: Operand,
 }
 
+impl Step {
+    /// Whether this is nothing but ReLU of `other`'s response, in the same place:
+    /// then no other step reads that response.
+    fn is_relu_of(&self, other: &Self) -> bool {
+        matches!(self.action, Action::Activation(Activation::Relu))
+            && self.operands[0].place == other.output.place
+            && self.output.place == other.output.place
+    }
+
+    /// Run a kernel with ReLU in one go, if it can.
+    fn run_kernel_relu(&self, workspace: &mut Workspace, input: &[f32], n: usize) -> bool {
+        let (Action::Kernel(kernel), Place::Slot(slot)) = (&self.action, self.output.place) else {
+            return false;
+        };
+        let mut buffer = std::mem::take(&mut workspace.slots[slot]);
+        let mut scratch = std::mem::take(&mut workspace.scratch);
+        let output = &mut buffer.as_mut_slice()[..n * self.output.len];
+        let value = workspace.value(input, self.operands[0], n);
+        let fused = kernel.run_relu(n, value, output, scratch.as_mut_slice());
+        workspace.scratch = scratch;
+        workspace.slots[slot] = buffer;
+        fused
+    }
+}
+
 /// A network planned for one ISA: packed weights, kernels, and which buffer
 /// every value goes to.
 ///
@@ -235,8 +260,19 @@ impl Session {
                 self.output.len
             );
         }
-        self.trace(workspace, input, n, |_, _| {})?;
-        if n > 0 {
+        if self.check(workspace, input, n)? {
+            let mut steps = self.steps.iter().peekable();
+            while let Some(step) = steps.next() {
+                let relu = steps.next_if(|next| next.is_relu_of(step));
+                let fused = relu.is_some() && step.run_kernel_relu(workspace, input, n);
+                if fused {
+                    continue;
+                }
+                self.run_step(step, workspace, input, n);
+                if let Some(relu) = relu {
+                    self.run_step(relu, workspace, input, n);
+                }
+            }
             output.copy_from_slice(workspace.value(input, self.output, n));
         }
         Ok(())
@@ -251,6 +287,17 @@ impl Session {
         n: usize,
         mut visit: impl FnMut(&str, &[f32]),
     ) -> Result<()> {
+        if self.check(workspace, input, n)? {
+            for step in &self.steps {
+                self.run_step(step, workspace, input, n);
+                visit(&step.name, workspace.value(input, step.output, n));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether there is anything to compute for `n` images, or what is wrong.
+    fn check(&self, workspace: &Workspace, input: &[f32], n: usize) -> Result<bool> {
         if input.len() != n.saturating_mul(self.input_len) {
             bail_shape!(
                 "input has {} elements, expected {n} images of {} each",
@@ -259,14 +306,7 @@ impl Session {
             );
         }
         workspace.check(self, n)?;
-        if n == 0 {
-            return Ok(());
-        }
-        for step in &self.steps {
-            self.run_step(step, workspace, input, n);
-            visit(&step.name, workspace.value(input, step.output, n));
-        }
-        Ok(())
+        Ok(n > 0)
     }
 
     fn run_step(&self, step: &Step, workspace: &mut Workspace, input: &[f32], n: usize) {
@@ -358,13 +398,12 @@ fn plan_action(
     let shape = network.shape(&node.inputs[0]);
     let (channels, pixels) = (shape[0], shape[1..].iter().product());
     let parameter = |suffix: &str| network.floats(&node.name, suffix);
-    let codes = network.codes(&node.name, codes);
     let weights = |pq: &Option<PqGeometry>| match *pq {
         None => Weights::Dense(parameter("weight").expect("checked by Network::new")),
         Some(geometry) => Weights::ProductQuantized {
             geometry,
             codebooks: parameter("codebooks").expect("checked by Network::new"),
-            codes: codes.expect("checked by Network::new"),
+            codes: network.codes(&node.name).expect("checked by Network::new"),
         },
     };
     let combine = |combination| {
@@ -377,7 +416,7 @@ fn plan_action(
         (Op::Conv { .. }, Geometry::Conv(geometry, pq)) => {
             let layer = ConvLayer {
                 geometry,
-                weights: weights(pq),
+                weights: weights(pq).unpacked(codes),
                 bias: parameter("bias"),
             };
             Action::Kernel(conv_kernels(&layer, isa, precision)[0].build())

@@ -67,7 +67,7 @@ impl<S: Simd> Gemm16Conv<S> {
         let panels = planes.positions(g.out_size).div_ceil(panel_columns::<S>());
         // For a panel of columns: multiplying, packing.
         let pairs = depth.div_ceil(2) as f64;
-        let cycles = pairs * vector_cycles::<S>() * (2.6 * outputs as f64 + 20.0);
+        let cycles = pairs * vector_cycles::<S>() * (2.2 * outputs as f64 + 10.0);
         let cycles = (g.groups * panels) as f64 * cycles;
         Some(Candidate::new(cycles, move || Self::new(simd, layer)))
     }
@@ -168,6 +168,18 @@ impl<S: Simd> Kernel for Gemm16Conv<S> {
     }
 
     fn run(&self, n: usize, input: &[f32], output: &mut [f32], scratch: &mut [f32]) {
+        self.images(n, input, output, scratch, f32::NEG_INFINITY);
+    }
+
+    fn run_relu(&self, n: usize, input: &[f32], output: &mut [f32], scratch: &mut [f32]) -> bool {
+        self.images(n, input, output, scratch, 0.0);
+        true
+    }
+}
+
+impl<S: Simd> Gemm16Conv<S> {
+    /// Responses of `n` images, not less than `floor`.
+    fn images(&self, n: usize, input: &[f32], output: &mut [f32], scratch: &mut [f32], floor: f32) {
         let g = &self.geometry;
         let group_in = g.group_in_channels() * g.in_pixels();
         let group_out = g.group_out_channels() * g.out_pixels();
@@ -193,7 +205,7 @@ impl<S: Simd> Kernel for Gemm16Conv<S> {
             let plane = &mut plane[..self.planes.len()];
             let channels = input.chunks_exact(g.in_pixels());
             for (channel, target) in channels.zip(planes.chunks_exact_mut(self.planes.len())) {
-                self.planes.fill(g, [0, 0], channel, plane);
+                self.planes.fill(self.simd, g, [0, 0], channel, plane);
                 self.simd.call(Round {
                     plane,
                     scale,
@@ -208,20 +220,18 @@ impl<S: Simd> Kernel for Gemm16Conv<S> {
                     planes,
                     packed,
                 });
-                self.products(i % g.groups, &columns, packed, unit, output);
+                self.products(i % g.groups, &columns, packed, [unit, floor], output);
             }
         }
     }
-}
 
-impl<S: Simd> Gemm16Conv<S> {
     /// Compute some columns of one group of one image.
     fn products(
         &self,
         group: usize,
         columns: &Range<usize>,
         packed: &[i16],
-        unit: f32,
+        [unit, floor]: [f32; 2],
         output: &mut [f32],
     ) {
         let g = &self.geometry;
@@ -239,6 +249,7 @@ impl<S: Simd> Gemm16Conv<S> {
                     columns: &packed[i * panel_len..][..panel_len],
                     pairs,
                     unit,
+                    floor,
                     units: &self.units[of_group + outputs.start..of_group + outputs.end],
                     bias: &self.bias[of_group + outputs.start..of_group + outputs.end],
                     positions: column..(column + panel_columns::<S>()).min(columns.end),
@@ -264,17 +275,21 @@ impl Task for Peak<'_> {
     type Output = f32;
 
     #[inline(always)]
-    fn run<S: Simd>(self, _: S) -> f32 {
-        let mut peaks = [0.0f32; 16];
-        // 0, or NaN if there is infinity or NaN.
-        let mut invalid = [0.0f32; 16];
-        for chunk in self.0.chunks(16) {
-            for ((x, peak), invalid) in chunk.iter().zip(&mut peaks).zip(&mut invalid) {
-                *peak = if x.abs() > *peak { x.abs() } else { *peak };
-                *invalid += x * 0.0;
+    fn run<S: Simd>(self, simd: S) -> f32 {
+        let minus = simd.splat(-1.0);
+        // Two chains, as maxima take their time.
+        let mut peaks = [simd.splat(0.0); 2];
+        for pair in self.0.chunks(2 * S::LANES) {
+            for (peak, values) in peaks.iter_mut().zip(pair.chunks(S::LANES)) {
+                let x = simd.load_first(values);
+                *peak = simd.max(*peak, simd.max(x, simd.mul(x, minus)));
             }
         }
-        peaks.into_iter().fold(0.0, f32::max) + invalid.into_iter().sum::<f32>()
+        let mut lanes = [0.0f32; MAX_LANES];
+        simd.store_first(&mut lanes, simd.max(peaks[0], peaks[1]));
+        lanes
+            .into_iter()
+            .fold(0.0, |a, b| if b > a || b.is_nan() { b } else { a })
     }
 }
 
@@ -362,6 +377,8 @@ struct Product<'a> {
     pairs: usize,
     /// What 1 stands for in the inputs.
     unit: f32,
+    /// The least response.
+    floor: f32,
     /// What 1 stands for in the weights of each output.
     units: &'a [f32],
     bias: &'a [f32],
@@ -427,13 +444,19 @@ impl<const R: usize> Task for Rows<'_, R> {
                     .iter_mut()
                     .zip(&responses[position - p.positions.start..])
                 {
-                    *y = response * unit + bias;
+                    let response = response * unit + bias;
+                    // False for NaN.
+                    let is_less = response < p.floor;
+                    *y = if is_less { p.floor } else { response };
                 }
                 position += run;
             }
         }
     }
 }
+
+/// Most float32 lanes of a vector on any level.
+const MAX_LANES: usize = 16;
 
 /// Most columns of a panel on any level.
 const MAX_PANEL_COLUMNS: usize = 32;

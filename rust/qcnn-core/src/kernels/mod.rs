@@ -10,6 +10,8 @@
 //! An image's response does not depend on the batch it comes in: every kernel
 //! sums in the same order for one image and for many.
 
+mod channels;
+mod entry;
 mod gemm16;
 mod permute;
 mod pixels;
@@ -27,7 +29,9 @@ use crate::graph::PqGeometry;
 use crate::isa::{Isa, Simd, Task};
 use crate::ops::conv::{DirectConv, GemmConv};
 use crate::ops::fc::GemmFc;
+use crate::pack::Codes;
 use crate::precision::Precision;
+use channels::ChannelsConv;
 use gemm16::Gemm16Conv;
 use permute::PermuteFc;
 use pixels::PixelsConv;
@@ -53,11 +57,17 @@ pub trait Kernel: Debug + Send + Sync {
     ///
     /// If a slice is too short.
     fn run(&self, n: usize, input: &[f32], output: &mut [f32], scratch: &mut [f32]);
+
+    /// As [`run`](Self::run), and apply ReLU to the responses while they are at
+    /// hand. Kernels that gain nothing by that return false and do nothing.
+    fn run_relu(&self, _: usize, _: &[f32], _: &mut [f32], _: &mut [f32]) -> bool {
+        false
+    }
 }
 
 /// Weights of a layer as the network stores them.
 #[derive(Clone, Copy, Debug)]
-pub enum Weights<'a> {
+pub enum Weights<'a, C = &'a [u16]> {
     /// `(outputs, channels per group, taps)`.
     Dense(&'a [f32]),
     /// Codebooks and codes.
@@ -67,8 +77,29 @@ pub enum Weights<'a> {
         /// `(groups or 1, M, K, C')`.
         codebooks: &'a [f32],
         /// `(outputs, taps, M)`, each below `K`.
-        codes: &'a [u16],
+        codes: C,
     },
+}
+
+impl<'a> Weights<'a, Codes<'a>> {
+    /// With codes unpacked, to `buffer` if necessary.
+    pub fn unpacked<'b>(self, buffer: &'b mut Vec<u16>) -> Weights<'b>
+    where
+        'a: 'b,
+    {
+        match self {
+            Self::Dense(weight) => Weights::Dense(weight),
+            Self::ProductQuantized {
+                geometry,
+                codebooks,
+                codes,
+            } => Weights::ProductQuantized {
+                geometry,
+                codebooks,
+                codes: codes.all(buffer),
+            },
+        }
+    }
 }
 
 /// A convolution to make a kernel of.
@@ -89,8 +120,9 @@ pub struct FcLayer<'a> {
     pub in_features: usize,
     /// Length of the output.
     pub out_features: usize,
-    /// Weights, with a single tap.
-    pub weights: Weights<'a>,
+    /// Weights, with a single tap. There are many: kernels may unpack the codes
+    /// of some outputs at a time.
+    pub weights: Weights<'a, Codes<'a>>,
     /// One value per output.
     pub bias: Option<&'a [f32]>,
 }
@@ -197,19 +229,22 @@ fn conv_kernels_of<'a, S: Simd>(
     simd: S,
     precision: Precision,
 ) -> Vec<Candidate<'a>> {
+    let int8 = [ChannelsConv::candidate(simd, layer)];
     let fast = [
         RowsConv::<_, Short>::candidate(simd, layer),
         Gemm16Conv::candidate(simd, layer),
     ];
     let exact = [
-        RowsConv::<_, Float>::candidate(simd, layer),
+        RowsConv::<_, Float<1>>::candidate(simd, layer),
+        RowsConv::<_, Float<2>>::candidate(simd, layer),
         PixelsConv::candidate(simd, layer),
         DirectConv::candidate(simd, layer),
         Some(GemmConv::candidate(simd, layer)),
     ];
-    let mut candidates: Vec<_> = fast
+    let mut candidates: Vec<_> = int8
         .into_iter()
-        .filter(|_| precision == Precision::Fast)
+        .filter(|_| precision >= Precision::Int8)
+        .chain(fast.into_iter().filter(|_| precision >= Precision::Fast))
         .chain(exact)
         .flatten()
         .collect();
@@ -243,14 +278,15 @@ fn fc_kernels_of<'a, S: Simd>(
     simd: S,
     precision: Precision,
 ) -> Vec<Candidate<'a>> {
-    let fast = [PermuteFc::candidate(simd, layer)];
+    let fast = [PermuteFc::<S, i16>::candidate(simd, layer)];
     let exact = [
+        PermuteFc::<S, f32>::candidate(simd, layer),
         WordsFc::candidate(simd, layer),
         Some(GemmFc::candidate(simd, layer)),
     ];
     let mut candidates: Vec<_> = fast
         .into_iter()
-        .filter(|_| precision == Precision::Fast)
+        .filter(|_| precision >= Precision::Fast)
         .chain(exact)
         .flatten()
         .collect();

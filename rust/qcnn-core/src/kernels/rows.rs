@@ -30,6 +30,7 @@ mod short;
 use std::fmt::Debug;
 use std::ops::Range;
 
+use super::planes::every;
 use super::{Candidate, ConvLayer, Kernel, Weights, vector_cycles};
 use crate::geometry::ConvGeometry;
 use crate::graph::PqGeometry;
@@ -69,10 +70,14 @@ pub(super) trait Cell: Debug + Send + Sync + Sized + 'static {
 
     /// Element type in kernel names.
     const NAME: &'static str;
-    /// float32 vectors that hold as many values as a vector.
+    /// float32 vectors of the CPU that hold as many values as a vector, 1 or 2.
     const HALVES: usize;
+    /// Registers that a vector takes.
+    const VECTORS: usize;
     /// Terms that may be summed before they go to the accumulators.
     const MAX_TERMS: Option<usize>;
+    /// How often they may.
+    const MAX_BATCHES: usize;
 
     /// Codewords whose table rows are built together.
     fn panel_rows<S: Simd>() -> usize;
@@ -260,8 +265,8 @@ const fn lanes<S: Simd, C: Cell>() -> usize {
 
 /// Outputs summed together with taps in `columns` columns, 4, 2 or 1: as many
 /// as leave a quarter of the registers free.
-fn outputs_together<S: Simd>(columns: usize) -> usize {
-    match S::REGISTERS * 3 / 4 / columns {
+fn outputs_together<S: Simd, C: Cell>(columns: usize) -> usize {
+    match S::REGISTERS * 3 / 4 / (columns * C::VECTORS) {
         4.. => 4,
         2 | 3 => 2,
         _ => 1,
@@ -269,9 +274,10 @@ fn outputs_together<S: Simd>(columns: usize) -> usize {
 }
 
 /// Whether [`RowsConv::look_up`] has strips of so many vectors.
-fn strip_fits<S: Simd>(columns: usize, strip: usize) -> bool {
+fn strip_fits<S: Simd, C: Cell>(columns: usize, strip: usize) -> bool {
+    let sums = strip * outputs_together::<S, C>(columns) * columns * C::VECTORS;
     strip == 1
-        || strip * outputs_together::<S>(columns) * columns <= S::REGISTERS * 3 / 4
+        || sums <= S::REGISTERS * 3 / 4
             && (columns <= 3 && strip == 2 || columns == 1 && strip == 4)
 }
 
@@ -291,7 +297,7 @@ fn choose_layout<S: Simd, C: Cell>(
     let orders = TOGETHER.map(|together| batches(&phases, pq.n_subspaces, together, C::MAX_TERMS));
     for cut in Cut::all(geometry, &phases, lanes) {
         for strip in [1, 2, 4] {
-            if strip > cut.rows || !strip_fits::<S>(columns, strip) {
+            if strip > cut.rows || !strip_fits::<S, C>(columns, strip) {
                 continue;
             }
             for (i, batches) in orders.iter().enumerate() {
@@ -309,7 +315,7 @@ fn choose_layout<S: Simd, C: Cell>(
         pq,
         cut,
         strip,
-        outputs: outputs_together::<S>(columns),
+        outputs: outputs_together::<S, C>(columns),
         batches: orders[order].clone(),
         lanes,
         row_len: row_len::<C>(&phases, cut, lanes),
@@ -338,7 +344,7 @@ fn cost<S: Simd, C: Cell>(
     let lanes = lanes::<S, C>();
     let table_rows = pq.n_centroids.next_multiple_of(C::panel_rows::<S>());
     let table_bytes = table_rows * row_len::<C>(phases, cut, lanes) * size_of::<C::Element>();
-    if u16::try_from(table_bytes / OFFSET_BYTES).is_err() || !short::possible(batches.len()) {
+    if u16::try_from(table_bytes / OFFSET_BYTES).is_err() || batches.len() > C::MAX_BATCHES {
         return None;
     }
     let passes = || batches.iter().flat_map(|batch| &batch.passes);
@@ -346,23 +352,21 @@ fn cost<S: Simd, C: Cell>(
     let columns = phases.iter().map(|phase| phase.columns.len()).max()?;
     let outputs = geometry
         .group_out_channels()
-        .next_multiple_of(outputs_together::<S>(columns));
+        .next_multiple_of(outputs_together::<S, C>(columns));
     let accumulators = cut.rows * lanes * size_of::<f32>() * outputs;
     let in_l2 = together * table_bytes + accumulators <= L2_BYTES;
 
-    let vector = vector_cycles::<S>();
+    let vector = vector_cycles::<S>() * C::VECTORS as f64;
     let dim = pq.subvector_dim.min(geometry.group_in_channels());
     let mut cycles = 0.0;
     for pass in passes() {
         let phase = &phases[pass.phase];
         let sources = pass.sources.len() as f64;
         let plane_vectors = (cut.rows + phase.rows.last().copied().unwrap_or(0)) as f64;
-        if pass.rows.start == 0 {
-            // Reading the input, twice; multiplying.
-            let reads = cut.parts.max(C::HALVES) as f64 * 10.0 * dim as f64;
-            let table = table_rows as f64 * vector * C::table_cycles(dim);
-            cycles += sources * plane_vectors * (reads + table);
-        }
+        // Reading the input, twice; multiplying.
+        let reads = cut.parts.max(C::HALVES) as f64 * 12.0 * dim as f64;
+        let table = table_rows as f64 * vector * C::table_cycles(dim);
+        cycles += sources * plane_vectors * (reads + table);
         let columns = phase.columns.len() as f64;
         let n_terms = sources * pass.rows.len() as f64 * columns;
         // Adding a vector, from L1 or L2, and its address, once per strip.
@@ -371,7 +375,7 @@ fn cost<S: Simd, C: Cell>(
             * pq.n_centroids
             * ((halo + strip) * lanes * size_of::<C::Element>()).next_multiple_of(LINE_BYTES);
         let outside = 1.0 - (L1_BYTES as f64 / window as f64).min(1.0);
-        let look_up = (vector * (1.2 + 0.64 * outside)).max(0.7 / strip as f64);
+        let look_up = (vector * (1.35 + 0.64 * outside)).max(0.7 / strip as f64);
         // Merging columns, loading and storing partial sums or accumulators.
         let partial = if pass.start { 0.0 } else { 0.7 };
         let end = match (pass.end, in_l2) {
@@ -382,8 +386,12 @@ fn cost<S: Simd, C: Cell>(
         let merge = vector * (0.3 * columns + partial + end);
         cycles += (outputs * cut.rows) as f64 * (n_terms * look_up + merge);
     }
-    // Writing the output.
-    cycles += (outputs * cut.rows * cut.parts.max(C::HALVES)) as f64 * 12.0;
+    // Splitting the input, once; writing the output.
+    if geometry.stride != [1, 1] {
+        let pixels = geometry.group_in_channels() * geometry.in_pixels();
+        cycles += 1.5 * pixels as f64 / cut.tiles as f64;
+    }
+    cycles += (outputs * cut.rows * cut.parts.max(C::HALVES)) as f64 * 16.0;
     Some((geometry.groups * cut.tiles) as f64 * cycles)
 }
 
@@ -533,32 +541,6 @@ impl Task for Split<'_> {
     }
 }
 
-/// Copy every `stride`-th value.
-#[inline(always)]
-fn every<S: Simd>(simd: S, stride: usize, source: &[f32], target: &mut [f32]) {
-    let mut done = 0;
-    // In whole vectors for the strides that networks have.
-    if stride == 2 || stride == 4 {
-        while target.len() - done >= S::LANES && source.len() >= (done + S::LANES) * stride {
-            let source = &source[done * stride..][..S::LANES * stride];
-            let mut vectors = [simd.splat(0.0); 4];
-            for (vector, source) in vectors.iter_mut().zip(source.chunks_exact(S::LANES)) {
-                *vector = simd.load_first(source);
-            }
-            let mut even = simd.even(vectors[0], vectors[1]);
-            if stride == 4 {
-                even = simd.even(even, simd.even(vectors[2], vectors[3]));
-            }
-            simd.store_first(&mut target[done..][..S::LANES], even);
-            done += S::LANES;
-        }
-    }
-    let pixels = source[done * stride..].iter().step_by(stride);
-    for (target, pixel) in target[done..].iter_mut().zip(pixels) {
-        *target = *pixel;
-    }
-}
-
 impl<S: Simd, C: Cell> RowsConv<S, C> {
     /// One tile of one group of one image.
     fn tile(&self, group: usize, inputs: &Inputs<'_>, output: &mut [f32], scratch: &mut [f32]) {
@@ -585,19 +567,17 @@ impl<S: Simd, C: Cell> RowsConv<S, C> {
         for (b, batch) in layout.batches.iter().enumerate() {
             let scale = Scale::read(scales, b);
             for pass in &batch.passes {
-                if pass.rows.start == 0 {
-                    let tables = tables.chunks_exact_mut(layout.table_len());
-                    for (source, table) in pass.sources.clone().zip(tables) {
-                        let codebook = layout.codebook(group, layout.source(source).1);
-                        self.simd.call(Build {
-                            kernel: self,
-                            inputs,
-                            source: (codebook, source),
-                            scale,
-                            table,
-                            scratch: cells,
-                        });
-                    }
+                let built = tables.chunks_exact_mut(layout.table_len());
+                for (source, table) in pass.sources.clone().zip(built) {
+                    let codebook = layout.codebook(group, layout.source(source).1);
+                    self.simd.call(Build {
+                        kernel: self,
+                        inputs,
+                        source: (codebook, source),
+                        scale,
+                        table,
+                        scratch: cells,
+                    });
                 }
                 let n_offsets = padded_outputs * layout.pass_terms(pass);
                 let (pass_offsets, others) = offsets.split_at(n_offsets);
@@ -635,28 +615,42 @@ impl<S: Simd, C: Cell> RowsConv<S, C> {
     }
 
     fn look_up(&self, strip: usize, work: LookUp<'_, C>) {
-        let simd = self.simd;
-        match (work.columns.len(), self.layout.outputs, strip) {
-            (1, 4, 1) => simd.call(Strip::<C, 1, 4, 1>(work)),
-            (1, 4, 2) => simd.call(Strip::<C, 1, 4, 2>(work)),
-            (1, 4, 3) => simd.call(Strip::<C, 1, 4, 3>(work)),
-            (1, 4, 4) => simd.call(Strip::<C, 1, 4, 4>(work)),
-            (2, 4, 1) => simd.call(Strip::<C, 2, 4, 1>(work)),
-            (2, 4, 2) => simd.call(Strip::<C, 2, 4, 2>(work)),
-            (3, 4, 1) => simd.call(Strip::<C, 3, 4, 1>(work)),
-            (3, 4, 2) => simd.call(Strip::<C, 3, 4, 2>(work)),
-            (4, 4, 1) => simd.call(Strip::<C, 4, 4, 1>(work)),
-            (5, 4, 1) => simd.call(Strip::<C, 5, 4, 1>(work)),
-            (6, 4, 1) => simd.call(Strip::<C, 6, 4, 1>(work)),
-            (3, 2, 1) => simd.call(Strip::<C, 3, 2, 1>(work)),
-            (4, 2, 1) => simd.call(Strip::<C, 4, 2, 1>(work)),
-            (5, 2, 1) => simd.call(Strip::<C, 5, 2, 1>(work)),
-            (6, 2, 1) => simd.call(Strip::<C, 6, 2, 1>(work)),
-            (7, 2, 1) => simd.call(Strip::<C, 7, 2, 1>(work)),
-            (6, 1, 1) => simd.call(Strip::<C, 6, 1, 1>(work)),
-            (7, 1, 1) => simd.call(Strip::<C, 7, 1, 1>(work)),
-            other => unreachable!("no layout has (columns, outputs, strip) {other:?}"),
+        macro_rules! strips {
+            ($(($n:literal, $o:literal, $v:literal)),* $(,)?) => {
+                match (work.columns.len(), self.layout.outputs, strip) {
+                    $(($n, $o, $v) => self.simd.call(Strip::<C, $n, $o, $v>(work)),)*
+                    other => unreachable!("no layout has (columns, outputs, strip) {other:?}"),
+                }
+            };
         }
+        // Phases may have fewer columns than the one that the outputs follow from.
+        strips!(
+            (1, 4, 1),
+            (2, 4, 1),
+            (3, 4, 1),
+            (4, 4, 1),
+            (5, 4, 1),
+            (6, 4, 1),
+            (1, 2, 1),
+            (2, 2, 1),
+            (3, 2, 1),
+            (4, 2, 1),
+            (5, 2, 1),
+            (6, 2, 1),
+            (7, 2, 1),
+            (1, 1, 1),
+            (2, 1, 1),
+            (3, 1, 1),
+            (4, 1, 1),
+            (5, 1, 1),
+            (6, 1, 1),
+            (7, 1, 1),
+            (1, 4, 2),
+            (2, 4, 2),
+            (3, 4, 2),
+            (1, 4, 3),
+            (1, 4, 4),
+        );
     }
 }
 

@@ -1,4 +1,10 @@
 //! Tables of float32, for exact sums.
+//!
+//! A vector of a table is one vector of the CPU, or two: twice as many lanes hold
+//! rows with less halo, but sums of only half as many outputs fit the registers.
+
+// As in `tile`: index loops keep the sums in registers.
+#![allow(clippy::needless_range_loop)]
 
 use super::layout::Layout;
 use super::{Cell, Inputs, Scale};
@@ -6,21 +12,26 @@ use crate::isa::Simd;
 use crate::kernels::pixels::pack_codebooks;
 use crate::kernels::tile::{TILE_VECTORS, store_tile, tile, tile_rows};
 
+/// Most lanes of a vector of the CPU.
+const MAX_LANES: usize = 16;
+
 /// See the module's documentation.
 #[derive(Debug)]
-pub(in crate::kernels) struct Float {
+pub(in crate::kernels) struct Float<const W: usize> {
     /// For each set and subspace, panels of `tile_rows` codewords:
     /// `(C', tile_rows)`.
     codebooks: Vec<f32>,
 }
 
-impl Cell for Float {
+impl<const W: usize> Cell for Float<W> {
     type Element = f32;
-    type Vector<S: Simd> = S::F32;
+    type Vector<S: Simd> = [S::F32; W];
 
     const NAME: &'static str = "f32";
-    const HALVES: usize = 1;
+    const HALVES: usize = W;
+    const VECTORS: usize = W;
     const MAX_TERMS: Option<usize> = None;
+    const MAX_BATCHES: usize = usize::MAX;
 
     fn panel_rows<S: Simd>() -> usize {
         tile_rows::<S>()
@@ -81,37 +92,57 @@ impl Cell for Float {
     }
 
     #[inline(always)]
-    fn zero<S: Simd>(simd: S) -> S::F32 {
-        simd.splat(0.0)
+    fn zero<S: Simd>(simd: S) -> [S::F32; W] {
+        [simd.splat(0.0); W]
     }
 
     #[inline(always)]
-    fn add<S: Simd>(simd: S, a: S::F32, b: S::F32) -> S::F32 {
-        simd.add(a, b)
+    fn add<S: Simd>(simd: S, a: [S::F32; W], b: [S::F32; W]) -> [S::F32; W] {
+        let mut sum = a;
+        for i in 0..W {
+            sum[i] = simd.add(a[i], b[i]);
+        }
+        sum
     }
 
     #[inline(always)]
-    fn shift<S: Simd>(simd: S, vector: S::F32, distance: usize) -> S::F32 {
-        simd.shift(vector, distance)
+    fn shift<S: Simd>(simd: S, vector: [S::F32; W], distance: usize) -> [S::F32; W] {
+        let (skipped, distance) = (distance / S::LANES, distance % S::LANES);
+        let mut shifted = vector;
+        for i in 0..W.saturating_sub(skipped) {
+            let from = i + skipped;
+            shifted[i] = if from + 1 < W {
+                simd.shift_pair([vector[from], vector[from + 1]], distance)
+            } else {
+                simd.shift(vector[from], distance)
+            };
+        }
+        shifted
     }
 
     #[inline(always)]
-    unsafe fn load<S: Simd>(simd: S, source: *const f32) -> S::F32 {
-        // SAFETY: the caller vouches for a vector.
-        unsafe { simd.load(source) }
+    unsafe fn load<S: Simd>(simd: S, source: *const f32) -> [S::F32; W] {
+        let mut vector = [simd.splat(0.0); W];
+        for i in 0..W {
+            // SAFETY: the caller vouches for a vector.
+            vector[i] = unsafe { simd.load(source.add(i * S::LANES)) };
+        }
+        vector
     }
 
     #[inline(always)]
-    unsafe fn store<S: Simd>(simd: S, target: *mut f32, vector: S::F32) {
-        // SAFETY: the caller vouches for a vector.
-        unsafe { simd.store(target, vector) }
+    unsafe fn store<S: Simd>(simd: S, target: *mut f32, vector: [S::F32; W]) {
+        for i in 0..W {
+            // SAFETY: the caller vouches for a vector.
+            unsafe { simd.store(target.add(i * S::LANES), vector[i]) };
+        }
     }
 
     #[inline(always)]
     unsafe fn accumulate<S: Simd>(
         simd: S,
         accumulator: *mut f32,
-        sum: S::F32,
+        sum: [S::F32; W],
         _: Scale,
         begin: bool,
     ) {
@@ -120,22 +151,23 @@ impl Cell for Float {
             let sum = if begin {
                 sum
             } else {
-                simd.add(simd.load(accumulator), sum)
+                Self::add(simd, Self::load(simd, accumulator), sum)
             };
-            simd.store(accumulator, sum);
+            Self::store(simd, accumulator, sum);
         }
     }
 
     #[inline(always)]
     unsafe fn accumulated<S: Simd>(simd: S, accumulator: *const f32) -> [S::F32; 2] {
         // SAFETY: the caller vouches for a vector.
-        [unsafe { simd.load(accumulator) }, simd.splat(0.0)]
+        let vector = unsafe { Self::load(simd, accumulator) };
+        [vector[0], vector[W - 1]]
     }
 }
 
 /// Elements of a plane.
 fn plane_len(layout: &Layout) -> usize {
-    layout.most_plane_vectors().next_multiple_of(TILE_VECTORS) * layout.lanes
+    (layout.most_plane_vectors() * layout.lanes).next_multiple_of(TILE_VECTORS * MAX_LANES)
 }
 
 /// Inner products of the codewords of a subspace with what a tile sees.
@@ -157,24 +189,28 @@ impl BuildTable<'_> {
         let dim = layout.pq.subvector_dim;
         let depth = layout.channels(self.source).len();
         let phase = layout.source(self.source).0;
-        let (vectors, row_len) = (layout.plane_vectors(phase), layout.row_len);
+        let (rows, row_len) = (layout.plane_vectors(phase), layout.row_len);
+        let per_row = layout.lanes / S::LANES;
+        // Of the CPU.
+        let vectors = rows * per_row;
         let plane_len = plane_len(layout);
         let planes = &mut self.planes[..dim * plane_len];
         assert!(vectors * S::LANES <= plane_len && vectors * S::LANES <= row_len);
         assert!(self.codewords.len() >= layout.table_rows * dim && depth <= dim);
         assert!(self.table.len() >= layout.table_rows * row_len);
         assert!(layout.table_rows.is_multiple_of(R));
-        let seen = self
-            .inputs
-            .planes([1, S::LANES], self.source..self.source + 1);
-        for y in 0..vectors {
+        let sources = self.source..self.source + 1;
+        let seen = self.inputs.planes([per_row, S::LANES], sources);
+        for y in 0..rows {
             let row = seen.runs.row(y);
             for c in 0..depth {
-                let at = c * plane_len + y * S::LANES;
-                let vector = seen.load(simd, &row, c, 0);
-                // SAFETY: there are `dim` >= `depth` planes, each of which holds
-                // `vectors` vectors.
-                unsafe { simd.store(planes.as_mut_ptr().add(at), vector) };
+                for i in 0..per_row {
+                    let at = c * plane_len + (y * per_row + i) * S::LANES;
+                    let vector = seen.load(simd, &row, c, i);
+                    // SAFETY: there are `dim` >= `depth` planes, each of which holds
+                    // `vectors` vectors.
+                    unsafe { simd.store(planes.as_mut_ptr().add(at), vector) };
+                }
             }
         }
         let planes = planes.as_ptr();

@@ -7,14 +7,14 @@ use crate::geometry::ConvGeometry;
 use crate::graph::PqGeometry;
 
 /// Distinct columns that the taps of a phase may have, each with sums of its own.
-pub(super) const MAX_COLUMNS: usize = 7;
+pub(in crate::kernels) const MAX_COLUMNS: usize = 7;
 
 /// Table rows are addressed in these units, which x86 multiplies with within the
 /// address of a load.
-pub(super) const OFFSET_BYTES: usize = 8;
+pub(in crate::kernels) const OFFSET_BYTES: usize = 8;
 
 /// Bytes of a cache line.
-pub(super) const LINE_BYTES: usize = 64;
+pub(in crate::kernels) const LINE_BYTES: usize = 64;
 
 /// Parts that a float32 vector may be made of.
 const MAX_PIECES: usize = 4;
@@ -26,7 +26,7 @@ const MIN_PART_LANES: usize = 4;
 /// rows and columns on, and the taps that read it. With stride 1 there is one
 /// phase, the input.
 #[derive(Clone, Debug)]
-pub(super) struct Phase {
+pub(in crate::kernels) struct Phase {
     /// First pixel in the input.
     pub first: [usize; 2],
     /// Extent, padding not counted.
@@ -89,7 +89,6 @@ impl Axis {
 impl Phase {
     pub fn all(geometry: &ConvGeometry) -> Vec<Self> {
         let (vertical, horizontal) = (Axis::all(geometry, 0), Axis::all(geometry, 1));
-        let mut begin = 0;
         let mut phases = Vec::with_capacity(vertical.len() * horizontal.len());
         for y in &vertical {
             for x in &horizontal {
@@ -101,19 +100,30 @@ impl Phase {
                     first: [y.first, x.first],
                     size: [y.size, x.size],
                     padding: [y.padding, x.padding],
-                    begin,
+                    begin: 0,
                     rows: y.taps.iter().map(|(_, distance)| *distance).collect(),
                     columns: x.taps.iter().map(|(_, distance)| *distance).collect(),
                     taps: taps.collect(),
                 });
-                begin += geometry.group_in_channels() * y.size * x.size;
             }
+        }
+        // Sources with taps alike can be looked up together.
+        phases.sort_by(|a, b| (&b.rows, &b.columns).cmp(&(&a.rows, &a.columns)));
+        let mut begin = 0;
+        for phase in &mut phases {
+            phase.begin = begin;
+            begin += geometry.group_in_channels() * phase.pixels();
         }
         phases
     }
 
     pub fn pixels(&self) -> usize {
         self.size[0] * self.size[1]
+    }
+
+    /// Whether the taps lie alike.
+    fn is_like(&self, other: &Self) -> bool {
+        (&self.rows, &self.columns) == (&other.rows, &other.columns)
     }
 
     /// Furthest row that a tap reads.
@@ -141,7 +151,7 @@ impl Phase {
 
 /// How a map is cut into tiles of whole vectors.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Cut {
+pub(in crate::kernels) struct Cut {
     /// Parts of a vector, each with a block of the map of its own.
     pub parts: usize,
     /// Lanes of a part.
@@ -211,16 +221,17 @@ impl Cut {
 /// Terms that are summed before they go to the accumulators: some of the taps of
 /// some sources.
 #[derive(Clone, Debug)]
-pub(super) struct Batch {
+pub(in crate::kernels) struct Batch {
     pub passes: Vec<Pass>,
 }
 
-/// A walk through all outputs of a strip, for sources of one phase.
+/// A walk through all outputs of a strip, for sources of phases with taps alike.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Pass {
+pub(in crate::kernels) struct Pass {
+    /// One of the phases.
     pub phase: usize,
     pub sources: Range<usize>,
-    /// Which of the phase's rows of taps.
+    /// Which of the phases' rows of taps.
     pub rows: Range<usize>,
     /// Whether the batch starts with this pass.
     pub start: bool,
@@ -251,14 +262,17 @@ pub(in crate::kernels) struct Layout {
 }
 
 impl Layout {
-    pub fn n_sources(&self) -> usize {
-        self.phases.len() * self.pq.n_subspaces
-    }
-
     /// Phase and subspace of a source.
     pub fn source(&self, source: usize) -> (&Phase, usize) {
         let m = self.pq.n_subspaces;
         (&self.phases[source / m], source % m)
+    }
+
+    /// Some sources, by phase.
+    pub fn by_phase(&self, sources: Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
+        let m = self.pq.n_subspaces;
+        (sources.start / m..sources.end.div_ceil(m))
+            .map(move |phase| sources.start.max(phase * m)..sources.end.min((phase + 1) * m))
     }
 
     /// Channels of a source within its group.
@@ -335,14 +349,14 @@ impl Layout {
     /// `(sources, rows of taps, columns, outputs)`, in units of [`OFFSET_BYTES`]
     /// from what the first output vector reads with the first tap.
     pub fn offsets(&self, group: usize, pass: &Pass, bytes: usize, codes: &[u16]) -> Vec<u16> {
-        let phase = &self.phases[pass.phase];
+        let columns = self.phases[pass.phase].columns.len();
         let outputs = self.geometry.group_out_channels();
         let mut offsets = Vec::with_capacity(self.pass_terms(pass) * self.padded_outputs());
         for first in (0..outputs).step_by(self.outputs) {
             for source in pass.sources.clone() {
-                let m = self.source(source).1;
+                let (phase, m) = self.source(source);
                 for row in pass.rows.clone() {
-                    for column in 0..phase.columns.len() {
+                    for column in 0..columns {
                         for o in first..first + self.outputs {
                             // Outputs that fill up the last block read anything.
                             let o = o.min(outputs - 1);
@@ -360,7 +374,7 @@ impl Layout {
 }
 
 /// Vectors of what a tile reads of a channel in the phase where that is most.
-pub(super) fn most_plane_vectors(phases: &[Phase], cut: Cut) -> usize {
+pub(in crate::kernels) fn most_plane_vectors(phases: &[Phase], cut: Cut) -> usize {
     let reach = phases.iter().map(Phase::reach).max().unwrap_or(0);
     cut.rows + reach
 }
@@ -368,7 +382,7 @@ pub(super) fn most_plane_vectors(phases: &[Phase], cut: Cut) -> usize {
 /// Order the terms such that `together` sources are looked up in a pass if they
 /// may, and at most `max_terms` terms, if there is such a limit, come before the
 /// end of a batch.
-pub(super) fn batches(
+pub(in crate::kernels) fn batches(
     phases: &[Phase],
     n_subspaces: usize,
     together: usize,
@@ -401,7 +415,11 @@ pub(super) fn batches(
         let last = batches.last_mut().and_then(|batch| batch.passes.last_mut());
         let fits = max_terms.is_none_or(|max| n_terms.saturating_add(terms) <= max);
         match last {
-            Some(last) if fits && last.phase == phase && last.sources.len() < together => {
+            Some(last)
+                if fits
+                    && phases[last.phase].is_like(&phases[phase])
+                    && last.sources.len() < together =>
+            {
                 last.sources.end += 1;
                 n_terms += terms;
             }
@@ -443,17 +461,17 @@ struct Run {
 /// Where the lanes of the one or two float32 vectors that hold as many values as a
 /// vector of a table lie in a map.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Runs {
+pub(in crate::kernels) struct Runs {
     /// Extent of the map.
     size: [usize; 2],
-    runs: [[Run; MAX_PIECES]; 2],
+    vectors: [[Run; MAX_PIECES]; 2],
     /// Runs of each vector.
     n: usize,
 }
 
 /// A run in one row: pixels `offset + i` in lanes i of `begin..end`.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Pixels {
+pub(in crate::kernels) struct Pixels {
     pub begin: usize,
     pub end: usize,
     pub offset: isize,
@@ -486,15 +504,19 @@ impl Runs {
                     .min((i * cut.part_lanes + cut.part_lanes.min(lanes)) as isize);
                 if begin < end {
                     *run = Run {
-                        begin: begin as usize,
-                        end: end as usize,
+                        begin: begin.cast_unsigned(),
+                        end: end.cast_unsigned(),
                         row: y as isize - padding[0] as isize,
                         column,
                     };
                 }
             }
         }
-        Self { size, runs, n }
+        Self {
+            size,
+            vectors: runs,
+            n,
+        }
     }
 
     /// The pixels of each vector in row `y` of the tile.
@@ -504,7 +526,7 @@ impl Runs {
             pixels: [[Pixels::default(); MAX_PIECES]; 2],
             n: self.n,
         };
-        for (pixels, runs) in row.pixels.iter_mut().zip(&self.runs) {
+        for (pixels, runs) in row.pixels.iter_mut().zip(&self.vectors) {
             for (pixels, run) in pixels.iter_mut().zip(runs).take(self.n) {
                 let y = run.row + y as isize;
                 if (0..self.size[0] as isize).contains(&y) {
@@ -527,7 +549,7 @@ impl Runs {
 
 /// The pixels of a row of a tile.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Row {
+pub(in crate::kernels) struct Row {
     pixels: [[Pixels; MAX_PIECES]; 2],
     n: usize,
 }

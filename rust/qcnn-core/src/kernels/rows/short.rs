@@ -86,7 +86,9 @@ impl Cell for Short {
 
     const NAME: &'static str = "i16";
     const HALVES: usize = 2;
+    const VECTORS: usize = 1;
     const MAX_TERMS: Option<usize> = Some(MAX_TERMS);
+    const MAX_BATCHES: usize = MAX_WEIGHTS / 2;
 
     /// With 2 vectors each, the sums take half of the registers.
     fn panel_rows<S: Simd>() -> usize {
@@ -111,9 +113,9 @@ impl Cell for Short {
             for batch in &layout.batches {
                 let mut squares = vec![0.0; layout.geometry.group_out_channels()];
                 for pass in &batch.passes {
-                    let taps = layout.phases[pass.phase].taps_of(&pass.rows);
                     for source in pass.sources.clone() {
-                        let m = layout.source(source).1;
+                        let (phase, m) = layout.source(source);
+                        let taps = phase.taps_of(&pass.rows);
                         let of_codewords = &codebooks[layout.codebook(group, m)].squares;
                         add_squares(layout, group, m, taps, of_codewords, codes, &mut squares);
                     }
@@ -345,11 +347,6 @@ impl Short {
     }
 }
 
-/// Whether sums of so many batches have 32 bits.
-pub(super) fn possible(n_batches: usize) -> bool {
-    n_batches <= MAX_WEIGHTS / 2
-}
-
 impl Codebook {
     /// Make integers of the codewords of codebook `i`, `(K, C')`: as large as
     /// possible such that all that an output uses have a norm of 2^15 at most.
@@ -446,7 +443,7 @@ fn greater(a: f32, b: f32) -> f32 {
     if b > a || b.is_nan() { b } else { a }
 }
 
-/// Squared norms of what a tile sees of some sources of a phase at each pixel.
+/// Squared norms of what a tile sees of some sources with taps alike, for each pixel.
 /// Returns the greatest that is finite.
 #[inline(always)]
 fn sum_squares<S: Simd>(
@@ -457,22 +454,28 @@ fn sum_squares<S: Simd>(
 ) -> f32 {
     let layout = inputs.layout;
     let vectors = layout.plane_vectors(layout.source(sources.start).0);
-    let seen = inputs.planes([2, S::LANES], sources);
-    let depth = seen.channels.len() / seen.runs.pixels().max(1);
-    let mut peaks = [0.0f32; MAX_LANES];
-    let squares = squares.chunks_exact_mut(2 * S::LANES).take(vectors);
-    for (y, squares) in squares.enumerate() {
-        let row = seen.runs.row(y);
-        let ahead = seen.runs.row(y + ROWS_AHEAD);
-        for half in 0..2 {
-            let mut sum = simd.splat(LEAST_SQUARE);
-            for c in 0..depth {
-                seen.prefetch(simd, &ahead, c, half);
-                let x = seen.load(simd, &row, c, half);
-                sum = simd.mul_add(x, x, sum);
+    let squares = &mut squares[..2 * vectors * S::LANES];
+    squares.fill(LEAST_SQUARE);
+    for sources in layout.by_phase(sources) {
+        let seen = inputs.planes([2, S::LANES], sources);
+        let depth = seen.channels.len() / seen.runs.pixels().max(1);
+        for (y, squares) in squares.chunks_exact_mut(2 * S::LANES).enumerate() {
+            let row = seen.runs.row(y);
+            let ahead = seen.runs.row(y + ROWS_AHEAD);
+            for half in 0..2 {
+                let squares = &mut squares[half * S::LANES..][..S::LANES];
+                let mut sum = simd.load_first(squares);
+                for c in 0..depth {
+                    seen.prefetch(simd, &ahead, c, half);
+                    let x = seen.load(simd, &row, c, half);
+                    sum = simd.mul_add(x, x, sum);
+                }
+                simd.store_first(squares, sum);
             }
-            simd.store_first(&mut squares[half * S::LANES..][..S::LANES], sum);
         }
+    }
+    let mut peaks = [0.0f32; MAX_LANES];
+    for squares in squares.chunks_exact(2 * S::LANES) {
         for lane in 0..2 * S::LANES {
             let higher = squares[lane] > peaks[lane] && squares[lane] < f32::INFINITY;
             peaks[lane] = if higher { squares[lane] } else { peaks[lane] };
