@@ -16,11 +16,13 @@ from qcnn_py.errors import (
     NotFittedError,
     QcnnError,
     ShapeError,
+    UnsupportedOperator,
 )
 from qcnn_py.model import Model, available_isas, load
 from qcnn_py.network import LayerInfo, Network, Node, QuantizedWeights
 
 if TYPE_CHECKING:
+    from qcnn_py.onnx_import import read_onnx
     from qcnn_py.product_quantizer import ProductQuantizer
     from qcnn_py.quantization import quantize
     from qcnn_py.reference_files import read_reference, write_reference
@@ -39,10 +41,12 @@ __all__ = [
     "QcnnError",
     "QuantizedWeights",
     "ShapeError",
+    "UnsupportedOperator",
     "__version__",
     "available_isas",
     "load",
     "quantize",
+    "read_onnx",
     "read_reference",
     "write_reference",
 ]
@@ -51,6 +55,7 @@ __all__ = [
 _LAZY = {
     "ProductQuantizer": "qcnn_py.product_quantizer",
     "quantize": "qcnn_py.quantization",
+    "read_onnx": "qcnn_py.onnx_import",
     "read_reference": "qcnn_py.reference_files",
     "write_reference": "qcnn_py.reference_files",
 }

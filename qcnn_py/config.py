@@ -217,11 +217,17 @@ class QuantizeConfig(LayerOverrides):
     )
 
     def resolve(
-        self, name: str, kind: LayerKind, is_last: bool = False
+        self,
+        name: str,
+        kind: LayerKind,
+        is_last: bool = False,
+        depthwise: bool = False,
     ) -> LayerSettings:
         """Return the settings of one layer.
 
-        Later ones win: defaults, preset, all layers, kind, name.
+        Later ones win: defaults, preset, all layers, kind, name. Depthwise
+        convolutions stay dense by default: their few weights have no neighbouring
+        channels to share a code with.
 
         Parameters
         ----------
@@ -232,8 +238,10 @@ class QuantizeConfig(LayerOverrides):
         is_last
             Whether it is the network's last conv or fc layer; presets may treat it
             on its own.
+        depthwise
+            Whether it is a depthwise convolution.
         """
-        settings: dict[str, Any] = {}
+        settings: dict[str, Any] = {"dense": True} if depthwise else {}
         if self.preset is not None:
             preset = PRESETS[self.preset]
             role = preset.last if is_last else getattr(preset, kind)
@@ -371,7 +379,8 @@ class NetworkFileConfig(Section):
         default="file", description="Read a trained network."
     )
     path: str = Field(
-        description="A dense network in a .qcnn file.", pattern=r"\.qcnn$"
+        description="A dense network in a .qcnn file, or an ONNX model.",
+        pattern=r"\.(qcnn|onnx)$",
     )
 
 

@@ -21,6 +21,10 @@ class ShapeError(QcnnError, ValueError):
     """An array or graph value has the wrong shape or dtype."""
 
 
+class UnsupportedOperator(QcnnError, ValueError):
+    """A model uses an operator, or a form of one, that networks here do not have."""
+
+
 class DatasetError(QcnnError, ValueError):
     """A data set is missing, unreadable or inconsistent."""
 

@@ -209,7 +209,9 @@ def quantize(
     chosen: list[tuple[str, LayerSettings]] = []
     for layer in sorted(layers, key=lambda layer: layer.kind != "conv"):
         kind = cast(LayerKind, layer.kind)
-        settings = config.resolve(layer.name, kind, layer == layers[-1])
+        settings = config.resolve(
+            layer.name, kind, layer == layers[-1], layer.depthwise
+        )
         if not settings.dense and not layer.quantized:
             # All of them before the first one is quantised, which takes its time.
             _check_settings(layer, settings)

@@ -328,7 +328,7 @@ def _probabilities(
 ) -> npt.NDArray[np.float64]:
     responses = network.compile()(images).reshape(len(images), -1)
     outputs: npt.NDArray[np.float64] = responses.astype(np.float64)
-    if network.node(network.output).op == "softmax":
+    if network.final_softmax is not None:
         return outputs
     outputs = np.exp(outputs - outputs.max(axis=1, keepdims=True))
     outputs /= outputs.sum(axis=1, keepdims=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from math import prod
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from qcnn_py.architectures import conv_fc
@@ -12,8 +14,9 @@ from qcnn_py.datasets import Dataset
 from qcnn_py.errors import ConfigError
 from qcnn_py.fitting import Examples, fit
 from qcnn_py.network import Network
+from qcnn_py.onnx_import import read_onnx
 
-__all__ = ["prepare_network", "train_network"]
+__all__ = ["prepare_network", "read_network", "train_network"]
 
 
 def train_network(
@@ -67,6 +70,21 @@ def train_network(
     )
 
 
+def read_network(path: str | PathLike[str]) -> Network:
+    """Read a ``.qcnn`` file, or an ONNX model if that is what it is called.
+
+    Raises
+    ------
+    ModelFormatError
+        If the file is malformed.
+    UnsupportedOperator
+        If an ONNX model has an operator that networks do not have.
+    OSError
+        If the file cannot be read.
+    """
+    return read_onnx(path) if Path(path).suffix == ".onnx" else Network.load(path)
+
+
 def prepare_network(
     config: NetworkConfig, dataset: Dataset, seed: int
 ) -> tuple[Network, dict[str, Any]]:
@@ -96,12 +114,14 @@ def prepare_network(
         If the file's network does not fit the images and classes, or as `fit`.
     ModelFormatError
         If the file is malformed.
+    UnsupportedOperator
+        If an ONNX model has an operator that networks do not have.
     OSError
         If the file cannot be read.
     """
     if isinstance(config, TrainedNetworkConfig):
         return train_network(dataset, config, seed)
-    network = Network.load(config.path)
+    network = read_network(config.path)
     class_names = network.metadata.get("class_names", list(dataset.class_names))
     requirements: tuple[tuple[str, Any, Any], ...] = (
         ("input shape", network.input_shape, dataset.input_shape),

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple, cast
 
 from safetensors import SafetensorError, safe_open
 
-from qcnn_py.config import LayerNames
+from qcnn_py.config import LayerKind
 from qcnn_py.errors import ModelFormatError, QcnnError
 
 _PACKAGE = Path(__file__).parent
@@ -129,26 +130,53 @@ def reporting(log: str | os.PathLike[str]) -> Iterator[None]:
         raise
 
 
-def read_layer_names(path: str | os.PathLike[str]) -> LayerNames:
-    """Return names and kinds of the conv and fc layers of a ``.qcnn`` file.
+class FileLayer(NamedTuple):
+    """A conv or fc layer of a network file."""
 
-    Only the header of the file is read.
+    name: str
+    kind: LayerKind
+    depthwise: bool
+
+
+def read_layers(path: str | os.PathLike[str]) -> list[FileLayer]:
+    """Return the conv and fc layers of a ``.qcnn`` file or an ONNX model, in order.
+
+    Only the header of a ``.qcnn`` file is read. What an ONNX model's layers are is
+    known when it is translated.
 
     Raises
     ------
     ModelFormatError
-        If the file is no ``.qcnn`` file.
+        If the file is neither.
+    UnsupportedOperator
+        If an ONNX model has an operator that networks do not have.
     OSError
         If it cannot be read.
     """
+    if Path(path).suffix == ".onnx":
+        from qcnn_py.onnx_import import read_onnx
+
+        return [
+            FileLayer(layer.name, cast(LayerKind, layer.kind), layer.depthwise)
+            for layer in read_onnx(path).layers
+        ]
     try:
         with safe_open(path, framework="numpy") as file:
             graph = json.loads(file.metadata()["qcnn"])["graph"]
-        return [
-            (node["name"], node["op"]["type"])
-            for node in graph["nodes"]
-            if node["op"]["type"] in ("conv", "fc")
-        ]
+            tensors = set(file.keys())
+            layers = []
+            for node in graph["nodes"]:
+                name, op = node["name"], node["op"]
+                if op["type"] not in ("conv", "fc"):
+                    continue
+                weight = f"{name}.weight"
+                # Of (outputs, channels of a group, height, width).
+                one_channel = (
+                    weight in tensors and file.get_slice(weight).get_shape()[1] == 1
+                )
+                depthwise = one_channel and op.get("groups", 1) > 1
+                layers.append(FileLayer(name, op["type"], depthwise))
+        return layers
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ModelFormatError(f"{path}: expected a .qcnn file, got {error}") from error
 

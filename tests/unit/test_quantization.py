@@ -407,3 +407,19 @@ def test_unusable_images(network, images) -> None:
         quantize(network, np.full_like(images, np.nan), {"n_centroids": 8})
     with pytest.raises(ShapeError, match="expected"):
         quantize(network, images[:, :1], {"n_centroids": 8})
+
+
+def test_depthwise_layers_stay_dense_unless_asked_for() -> None:
+    builder = NetworkBuilder((4, 6, 6))
+    builder.conv(8, 3, name="depthwise", groups=4)
+    builder.conv(6, 1, name="pointwise")
+    network, images = builder.build(), builder.images(20)
+    settings: dict[str, Any] = {"n_centroids": 4, "subvector_dim": 2}
+
+    def quantized(**more: Any) -> list[str]:
+        small = quantize(network, images, {**settings, **more})
+        return [layer.name for layer in small.layers if layer.quantized]
+
+    assert quantized() == ["pointwise"]
+    asked = {"depthwise": {"dense": False, "subvector_dim": 1}}
+    assert quantized(layers=asked) == ["depthwise", "pointwise"]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from random_networks import NetworkBuilder
 from safetensors.numpy import save_file
 
 from qcnn_py import workflow
@@ -14,7 +15,7 @@ from qcnn_py.workflow import (
     code_fingerprint,
     folder_fingerprint,
     modules_of,
-    read_layer_names,
+    read_layers,
 )
 
 MODULE = '''
@@ -162,24 +163,51 @@ def test_a_bug_leaves_its_traceback_in_the_log(tmp_path):
     assert "ZeroDivisionError: division by zero" in (tmp_path / "stage.log").read_text()
 
 
-def test_layer_names_come_from_the_header(tmp_path):
+def test_layers_come_from_the_header(tmp_path):
     nodes = [
-        {"name": "c", "op": {"type": "conv"}},
+        {"name": "c", "op": {"type": "conv", "groups": 2}},
         {"name": "r", "op": {"type": "relu"}},
+        {"name": "d", "op": {"type": "conv", "groups": 2}},
         {"name": "f", "op": {"type": "fc"}},
     ]
     path = tmp_path / "network.qcnn"
     graph = json.dumps({"version": 1, "graph": {"nodes": nodes}})
-    save_file({"c.bias": np.zeros(1, np.float32)}, path, metadata={"qcnn": graph})
-    assert read_layer_names(path) == [("c", "conv"), ("f", "fc")]
+    tensors = {
+        "c.weight": np.zeros((4, 2, 1, 1), np.float32),
+        "d.weight": np.zeros((4, 1, 1, 1), np.float32),
+        "f.weight": np.zeros((1, 1), np.float32),
+    }
+    save_file(tensors, path, metadata={"qcnn": graph})
+    assert read_layers(path) == [
+        ("c", "conv", False),
+        ("d", "conv", True),
+        ("f", "fc", False),
+    ]
+
+
+def test_layers_of_an_onnx_model(tmp_path):
+    builder = NetworkBuilder((4, 6, 6))
+    builder.conv(4, 3, name="depthwise", groups=4)
+    builder.conv(6, 1, name="pointwise")
+    builder.fc(3, name="logits")
+    network = builder.build()
+    layers = [
+        ("depthwise", "conv", True),
+        ("pointwise", "conv", False),
+        ("logits", "fc", False),
+    ]
+    network.to_onnx(tmp_path / "network.onnx")
+    assert read_layers(tmp_path / "network.onnx") == layers
+    network.save(tmp_path / "network.qcnn")
+    assert read_layers(tmp_path / "network.qcnn") == layers
 
 
 @pytest.mark.parametrize("metadata", [None, {"qcnn": "{"}, {"qcnn": "[]"}, {"a": ""}])
-def test_other_files_have_no_layer_names(tmp_path, metadata):
+def test_other_files_have_no_layers(tmp_path, metadata):
     path = tmp_path / "network.qcnn"
     save_file({"c.bias": np.zeros(1, np.float32)}, path, metadata=metadata)
     with pytest.raises(ModelFormatError, match=r"network\.qcnn: expected a \.qcnn"):
-        read_layer_names(path)
+        read_layers(path)
 
 
 def _rewrite_with_the_same_size(folder):

@@ -14,7 +14,7 @@ from qcnn_py.errors import QcnnError
 from qcnn_py.workflow import (
     code_fingerprint,
     folder_fingerprint,
-    read_layer_names,
+    read_layers,
 )
 
 
@@ -183,26 +183,50 @@ def layer_names(run):
         return settings.layer_names
     if not isinstance(settings.network, NetworkFileConfig):
         return settings.network.layer_names
-    try:
-        names = read_layer_names(settings.network.path)
-        settings.quantize.check_layers(name for name, _ in names)
-    except (QcnnError, OSError) as error:
-        raise WorkflowError(f"runs.{run}: {error}") from None
-    if "fc" not in (kind for _, kind in names):
+    layers = file_layers(run)
+    if "fc" not in (layer.kind for layer in layers):
         raise WorkflowError(
             f"runs.{run}.network.path: {settings.network.path} has no fully connected "
             "layer, expected one to fine-tune"
         )
-    return names
+    return [(layer.name, layer.kind) for layer in layers]
+
+
+@cache
+def file_layers(run):
+    """Return the layers of the file that a run's network comes from."""
+    settings = CONFIG.runs[run]
+    try:
+        layers = read_layers(settings.network.path)
+        settings.quantize.check_layers(layer.name for layer in layers)
+    except (QcnnError, OSError, ImportError) as error:
+        raise WorkflowError(f"runs.{run}: {error}") from None
+    return layers
+
+
+def depthwise_layers(run):
+    """Return the names of depthwise layers; only networks from files have any."""
+    settings = CONFIG.runs[run]
+    if isinstance(settings, SpeedConfig) or not isinstance(
+        settings.network, NetworkFileConfig
+    ):
+        return set()
+    return {layer.name for layer in file_layers(run) if layer.depthwise}
 
 
 def resolved_layers(run):
     """Return kind and plain settings of each layer of a run's network, by name."""
     names = layer_names(run)
+    depthwise = depthwise_layers(run)
     quantize = CONFIG.runs[run].quantize
     resolved = {}
     for name, kind in names:
-        settings = quantize.resolve(name, kind, is_last=name == names[-1][0])
+        settings = quantize.resolve(
+            name,
+            kind,
+            is_last=name == names[-1][0],
+            depthwise=name in depthwise,
+        )
         resolved[name] = (kind, settings.model_dump(mode="json"))
     return resolved
 

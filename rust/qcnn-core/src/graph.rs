@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Result, bail_format, bail_shape};
 use crate::geometry::{ConvGeometry, PoolGeometry, checked_product};
+use crate::ops::strided::MAX_AXES;
 use crate::pack::{Codes, SharedBytes, check_packed};
 
 /// Largest codebook: codes are at most 16 bits wide.
@@ -121,15 +122,32 @@ pub enum Op {
     HardSwish {},
     Silu {},
     Add {},
+    Mul {},
     Concat {},
     Flatten {},
     Reshape {
+        shape: Shape,
+    },
+    Slice {
+        start: Shape,
+        step: Shape,
+        shape: Shape,
+    },
+    Pad {
+        before: Shape,
+        after: Shape,
+        value: f32,
+    },
+    Transpose {
+        view: Shape,
+        axes: Vec<usize>,
         shape: Shape,
     },
     BatchNorm {
         epsilon: f32,
     },
     Softmax {},
+    LogSoftmax {},
     Dropout {
         rate: f32,
     },
@@ -194,11 +212,16 @@ impl Op {
             Self::HardSwish {} => "hard_swish",
             Self::Silu {} => "silu",
             Self::Add {} => "add",
+            Self::Mul {} => "mul",
             Self::Concat {} => "concat",
             Self::Flatten {} => "flatten",
             Self::Reshape { .. } => "reshape",
+            Self::Slice { .. } => "slice",
+            Self::Pad { .. } => "pad",
+            Self::Transpose { .. } => "transpose",
             Self::BatchNorm { .. } => "batch_norm",
             Self::Softmax {} => "softmax",
+            Self::LogSoftmax {} => "log_softmax",
             Self::Dropout { .. } => "dropout",
         }
     }
@@ -354,7 +377,7 @@ impl Graph {
                 }
             }
             let arity_ok = match node.op {
-                Op::Add {} | Op::Concat {} => operands.len() >= 2,
+                Op::Add {} | Op::Mul {} | Op::Concat {} => operands.len() >= 2,
                 _ => operands.len() == 1,
             };
             if !arity_ok {
@@ -387,6 +410,22 @@ fn check_value_shape(what: &str, shape: &[usize]) -> Result<()> {
         );
     }
     checked_product(what, shape)?;
+    Ok(())
+}
+
+fn check_reshape(what: &str, from: &[usize], to: &[usize]) -> Result<()> {
+    if checked_product(what, to)? != checked_product(what, from)? {
+        bail_shape!("{what}: cannot reshape {from:?} to {to:?}");
+    }
+    Ok(())
+}
+
+fn check_rank(what: &str, field: &str, values: &[usize], input: &[usize]) -> Result<()> {
+    if values.len() != input.len() {
+        bail_shape!(
+            "{what}: {field} is {values:?}, expected one number for each axis of {input:?}"
+        );
+    }
     Ok(())
 }
 
@@ -516,11 +555,17 @@ fn infer(what: &str, op: &Op, operands: &[&[usize]]) -> Result<(Shape, Geometry)
         | Op::Tanh {}
         | Op::HardSwish {}
         | Op::Silu {}
-        | Op::Softmax {} => keep(),
-        Op::Add {} => {
-            if let Some(other) = operands.iter().find(|s| **s != first) {
+        | Op::Softmax {}
+        | Op::LogSoftmax {} => keep(),
+        Op::Add {} | Op::Mul {} => {
+            let fits = |other: &[usize]| {
+                let mut extents = other.iter().zip(first);
+                other.len() == first.len() && extents.all(|(n, all)| n == all || *n == 1)
+            };
+            if let Some(other) = operands.iter().find(|s| !fits(s)) {
                 bail_shape!(
-                    "{what}: operands have shapes {first:?} and {other:?}, expected the same"
+                    "{what}: operands have shapes {first:?} and {other:?}, \
+                     expected the same, or extents of 1 in all but the first"
                 );
             }
             keep()
@@ -542,8 +587,52 @@ fn infer(what: &str, op: &Op, operands: &[&[usize]]) -> Result<(Shape, Geometry)
         }
         Op::Flatten {} => (vec![checked_product(what, first)?], Geometry::Plain),
         Op::Reshape { shape } => {
-            if checked_product(what, shape)? != checked_product(what, first)? {
-                bail_shape!("{what}: cannot reshape {first:?} to {shape:?}");
+            check_reshape(what, first, shape)?;
+            (shape.clone(), Geometry::Plain)
+        }
+        Op::Slice { start, step, shape } => {
+            for (field, values) in [("start", start), ("step", step), ("shape", shape)] {
+                check_rank(what, field, values, first)?;
+            }
+            for (axis, extent) in first.iter().enumerate() {
+                let last = (shape[axis].max(1) - 1)
+                    .checked_mul(step[axis])
+                    .and_then(|n| n.checked_add(start[axis]));
+                if step[axis] == 0 || last.is_none_or(|last| last >= *extent) {
+                    bail_shape!(
+                        "{what}: start {start:?}, step {step:?} and shape {shape:?} leave \
+                         the input of shape {first:?}"
+                    );
+                }
+            }
+            (shape.clone(), Geometry::Plain)
+        }
+        Op::Pad {
+            before,
+            after,
+            value,
+        } => {
+            check_finite(what, "value", *value)?;
+            check_rank(what, "before", before, first)?;
+            check_rank(what, "after", after, first)?;
+            let padded = |(axis, extent): (usize, &usize)| {
+                extent.checked_add(before[axis])?.checked_add(after[axis])
+            };
+            match first.iter().enumerate().map(padded).collect() {
+                Some(shape) => (shape, Geometry::Plain),
+                None => bail_shape!("{what}: too much padding"),
+            }
+        }
+        Op::Transpose { view, axes, shape } => {
+            check_reshape(what, first, view)?;
+            check_reshape(what, first, shape)?;
+            let mut sorted = axes.clone();
+            sorted.sort_unstable();
+            if view.len() > MAX_AXES || !sorted.into_iter().eq(0..view.len()) {
+                bail_format!(
+                    "{what}: axes are {axes:?}, expected an order of the axes of \
+                     view {view:?}, at most {MAX_AXES}"
+                );
             }
             (shape.clone(), Geometry::Plain)
         }

@@ -9,10 +9,12 @@ use crate::graph::{Geometry, Network, Node, Op, PqGeometry};
 use crate::isa::{Isa, Level};
 use crate::kernels::{ConvLayer, FcLayer, Kernel, Weights, conv_kernels, fc_kernels};
 use crate::ops::activation::Activation;
+use crate::ops::elementwise::{self, Combination, Combine};
 use crate::ops::lrn::Lrn;
 use crate::ops::norm::BatchNorm;
 use crate::ops::pool::{self, Pool, Reduction};
-use crate::ops::{elementwise, softmax};
+use crate::ops::rearrange::Rearrange;
+use crate::ops::softmax;
 use crate::precision::Precision;
 
 /// How to plan a session.
@@ -46,6 +48,7 @@ enum Action {
         pixels: usize,
     },
     Concat,
+    Rearrange(Rearrange),
     // The rest work in place, on a copy of the first operand where that is
     // still needed.
     Activation(Activation),
@@ -59,10 +62,12 @@ enum Action {
         pixels: usize,
     },
     Softmax {
+        logarithm: bool,
         channels: usize,
         pixels: usize,
     },
-    Add,
+    /// With each operand but the first.
+    Combine(Vec<Combine>),
 }
 
 impl Action {
@@ -73,7 +78,7 @@ impl Action {
                 | Self::Lrn { .. }
                 | Self::BatchNorm { .. }
                 | Self::Softmax { .. }
-                | Self::Add
+                | Self::Combine(_)
         )
     }
 
@@ -357,14 +362,20 @@ impl Session {
                     offset += operand.len;
                 }
             }
+            Action::Rearrange(plan) => {
+                let value = workspace.value(input, first, n);
+                plan.run(level, [first.len, step.output.len], value, output);
+            }
             Action::Activation(activation) => activation.run(level, output),
             Action::BatchNorm { norm, pixels } => norm.run(level, *pixels, output),
-            Action::Softmax { channels, pixels } => {
-                softmax::softmax(level, *channels, *pixels, output);
-            }
-            Action::Add => {
-                for operand in &step.operands[1..] {
-                    elementwise::add_assign(level, output, workspace.value(input, *operand, n));
+            Action::Softmax {
+                logarithm,
+                channels,
+                pixels,
+            } => softmax::softmax(level, *logarithm, *channels, *pixels, output),
+            Action::Combine(plans) => {
+                for (plan, operand) in plans.iter().zip(&step.operands[1..]) {
+                    plan.run(level, output, workspace.value(input, *operand, n));
                 }
             }
         }
@@ -374,6 +385,7 @@ impl Session {
 }
 
 /// Choose the action of `node` and pack its weights. `codes` may hold anything.
+#[expect(clippy::too_many_lines, reason = "one arm per operation")]
 fn plan_action(
     network: &Network,
     node: &Node,
@@ -393,6 +405,12 @@ fn plan_action(
             codebooks: parameter("codebooks").expect("checked by Network::new"),
             codes: network.codes(&node.name).expect("checked by Network::new"),
         },
+    };
+    let combine = |combination| {
+        let operands = node.inputs[1..].iter();
+        operands
+            .map(|name| Combine::new(combination, shape, network.shape(name)))
+            .collect()
     };
     Ok(match (&node.op, geometry) {
         (Op::Conv { .. }, Geometry::Conv(geometry, pq)) => {
@@ -464,9 +482,34 @@ fn plan_action(
             )?;
             Action::BatchNorm { norm, pixels }
         }
-        (Op::Softmax {}, _) => Action::Softmax { channels, pixels },
-        (Op::Add {}, _) => Action::Add,
+        (Op::Softmax {} | Op::LogSoftmax {}, _) => Action::Softmax {
+            logarithm: node.op == Op::LogSoftmax {},
+            channels,
+            pixels,
+        },
+        (Op::Add {}, _) => Action::Combine(combine(Combination::Sum)),
+        (Op::Mul {}, _) => Action::Combine(combine(Combination::Product)),
         (Op::Concat {}, _) => Action::Concat,
+        (
+            Op::Slice {
+                start,
+                step,
+                shape: taken,
+            },
+            _,
+        ) => Action::Rearrange(Rearrange::slice(shape, start, step, taken)),
+        (
+            &Op::Pad {
+                ref before, value, ..
+            },
+            _,
+        ) => {
+            let padded = network.shape(&node.name);
+            Action::Rearrange(Rearrange::pad(shape, before, padded, value))
+        }
+        (Op::Transpose { view, axes, .. }, _) => {
+            Action::Rearrange(Rearrange::transpose(view, axes))
+        }
         (Op::Flatten {} | Op::Reshape { .. } | Op::Dropout { .. }, _) => Action::Alias,
         (op, _) => Action::Activation(
             Activation::from_op(op).expect("every other operation is an activation"),

@@ -109,6 +109,15 @@ fn every_operation() {
         json!({"type": "reshape", "shape": [7, 3, 13]}),
         json!({"type": "batch_norm", "epsilon": 1e-5}),
         json!({"type": "softmax"}),
+        json!({"type": "log_softmax"}),
+        json!({"type": "slice", "start": [0, 0, 0], "step": [1, 1, 1], "shape": [3, 7, 13]}),
+        json!({"type": "slice", "start": [1, 0, 0], "step": [1, 2, 2], "shape": [2, 4, 7]}),
+        json!({"type": "slice", "start": [2, 6, 12], "step": [9, 9, 9], "shape": [1, 1, 1]}),
+        json!({"type": "pad", "before": [0, 0, 0], "after": [0, 0, 0], "value": 1.0}),
+        json!({"type": "pad", "before": [2, 0, 1], "after": [1, 3, 0], "value": -2.5}),
+        json!({"type": "transpose", "view": [3, 7, 13], "axes": [1, 2, 0], "shape": [7, 13, 3]}),
+        json!({"type": "transpose", "view": [3, 91], "axes": [1, 0], "shape": [273]}),
+        json!({"type": "transpose", "view": [3, 1, 7, 13], "axes": [3, 1, 2, 0], "shape": [13, 7, 3]}),
         json!({"type": "dropout", "rate": 0.5}),
     ];
     for padding in [[0; 4], [1, 1, 1, 1], [2, 0, 0, 1]] {
@@ -127,12 +136,51 @@ fn every_operation() {
     }
     for op in [
         json!({"type": "softmax"}),
+        json!({"type": "log_softmax"}),
+        json!({"type": "slice", "start": [3], "step": [4], "shape": [10]}),
+        json!({"type": "pad", "before": [3], "after": [0], "value": 0.0}),
         json!({"type": "batch_norm", "epsilon": 0.0}),
         fc(9, dense()),
         fc(9, quantized(9, 4, 5)),
     ] {
         let network = network(&[41], &[node("y", &["x"], op.clone())], None);
         failures.extend(check(&network, 5).map_err(|e| format!("{op}: {e}")).err());
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+/// Operands with extents of 1 along any axes.
+#[test]
+fn sums_and_products_repeat_their_operands() {
+    let mut failures = Vec::new();
+    for kind in ["add", "mul"] {
+        for extents in 0..8 {
+            let shape = [5, 3, 21];
+            let kept: Vec<_> = (0..3)
+                .map(|axis| {
+                    if extents >> axis & 1 == 1 {
+                        shape[axis]
+                    } else {
+                        1
+                    }
+                })
+                .collect();
+            let slice =
+                json!({"type": "slice", "start": [0, 0, 0], "step": [1, 1, 1], "shape": kept});
+            let network = network(
+                &shape,
+                &[
+                    node("part", &["x"], slice),
+                    node("y", &["x", "part", "x"], json!({"type": kind})),
+                ],
+                None,
+            );
+            failures.extend(
+                check(&network, 3)
+                    .map_err(|e| format!("{kind} {kept:?}: {e}"))
+                    .err(),
+            );
+        }
     }
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }

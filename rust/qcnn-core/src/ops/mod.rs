@@ -15,4 +15,6 @@ pub mod fc;
 pub mod lrn;
 pub mod norm;
 pub mod pool;
+pub mod rearrange;
 pub mod softmax;
+pub mod strided;

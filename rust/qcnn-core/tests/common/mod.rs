@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 
-use qcnn_core::graph::{Geometry, Op, TensorSpec};
+use qcnn_core::graph::{Geometry, Node, Op, TensorSpec};
 use qcnn_core::kernels::{ConvLayer, FcLayer, Weights, scalar};
 use qcnn_core::{Graph, Network, Tensor, TensorData, Tensors};
 use serde_json::{Value, json};
@@ -117,7 +117,7 @@ pub fn interpret(network: &Network, input: &[f32]) -> Vec<(String, Vec<f32>)> {
             .map(|name| &values[name.as_str()])
             .collect();
         let shape = network.shape(&node.inputs[0]);
-        let value = interpret_node(network, &node.name, &node.op, geometry, shape, &operands);
+        let value = interpret_node(network, node, geometry, shape, &operands);
         all.push((node.name.clone(), value.clone()));
         values.insert(&node.name, value);
     }
@@ -127,12 +127,12 @@ pub fn interpret(network: &Network, input: &[f32]) -> Vec<(String, Vec<f32>)> {
 #[expect(clippy::too_many_lines, reason = "one arm per operation")]
 fn interpret_node(
     network: &Network,
-    name: &str,
-    op: &Op,
+    node: &Node,
     geometry: &Geometry,
     shape: &[usize],
     operands: &[&Vec<f32>],
 ) -> Vec<f32> {
+    let Node { name, op, .. } = node;
     let x = operands[0];
     let channels = shape[0];
     let pixels: usize = shape[1..].iter().product();
@@ -260,9 +260,63 @@ fn interpret_node(
         }
         (Op::HardSwish {}, _) => map(&|v| v * (v / 6.0 + 0.5).clamp(0.0, 1.0)),
         (Op::Silu {}, _) => map(&|v| v / (1.0 + (-v).exp())),
-        (Op::Add {}, _) => (0..x.len())
-            .map(|i| operands.iter().map(|o| o[i]).sum())
+        (Op::Add {} | Op::Mul {}, _) => {
+            let mut out = x.clone();
+            for (name, operand) in node.inputs.iter().zip(operands).skip(1) {
+                let extents = network.shape(name);
+                for (i, y) in out.iter_mut().enumerate() {
+                    let at = position(i, shape).into_iter().zip(extents);
+                    let from: Vec<_> = at.map(|(at, n)| at.min(n - 1)).collect();
+                    let value = operand[element(&from, extents)];
+                    match op {
+                        Op::Add {} => *y += value,
+                        _ => *y *= value,
+                    }
+                }
+            }
+            out
+        }
+        (
+            Op::Slice {
+                start,
+                step,
+                shape: taken,
+            },
+            _,
+        ) => (0..taken.iter().product())
+            .map(|i| {
+                let at = position(i, taken).into_iter().zip(start.iter().zip(step));
+                let from: Vec<_> = at.map(|(at, (start, step))| start + at * step).collect();
+                x[element(&from, shape)]
+            })
             .collect(),
+        (Op::Pad { before, value, .. }, _) => {
+            let padded = network.shape(&node.name);
+            (0..padded.iter().product())
+                .map(|i| {
+                    let at = position(i, padded).into_iter().zip(before);
+                    let from: Vec<_> = at.map(|(at, before)| at.wrapping_sub(*before)).collect();
+                    let inside = from.iter().zip(shape).all(|(at, n)| at < n);
+                    if inside {
+                        x[element(&from, shape)]
+                    } else {
+                        *value
+                    }
+                })
+                .collect()
+        }
+        (Op::Transpose { view, axes, .. }, _) => {
+            let transposed: Vec<_> = axes.iter().map(|&axis| view[axis]).collect();
+            (0..x.len())
+                .map(|i| {
+                    let mut from = vec![0; view.len()];
+                    for (at, &axis) in position(i, &transposed).into_iter().zip(axes) {
+                        from[axis] = at;
+                    }
+                    x[element(&from, view)]
+                })
+                .collect()
+        }
         (Op::Concat {}, _) => operands.iter().flat_map(|o| o.iter().copied()).collect(),
         (Op::BatchNorm { epsilon }, _) => {
             let [scale, bias, mean, variance] =
@@ -276,7 +330,7 @@ fn interpret_node(
                 })
                 .collect()
         }
-        (Op::Softmax {}, _) => {
+        (Op::Softmax {} | Op::LogSoftmax {}, _) => {
             let mut out = vec![0.0; x.len()];
             for p in 0..pixels {
                 let logits: Vec<f64> = (0..channels)
@@ -285,7 +339,11 @@ fn interpret_node(
                 let max = logits.iter().fold(f64::NEG_INFINITY, |a, b| a.max(*b));
                 let sum: f64 = logits.iter().map(|v| (v - max).exp()).sum();
                 for c in 0..channels {
-                    out[c * pixels + p] = ((logits[c] - max).exp() / sum) as f32;
+                    let log = logits[c] - max - sum.ln();
+                    out[c * pixels + p] = match op {
+                        Op::Softmax {} => log.exp(),
+                        _ => log,
+                    } as f32;
                 }
             }
             out
@@ -293,6 +351,26 @@ fn interpret_node(
         (Op::Flatten {} | Op::Reshape { .. } | Op::Dropout { .. }, _) => x.clone(),
         (op, geometry) => panic!("{op:?} with {geometry:?}"),
     }
+}
+
+/// Where element `i` of a contiguous array lies along each axis.
+fn position(mut i: usize, shape: &[usize]) -> Vec<usize> {
+    let mut at: Vec<_> = shape
+        .iter()
+        .rev()
+        .map(|n| {
+            let along = i % n;
+            i /= n;
+            along
+        })
+        .collect();
+    at.reverse();
+    at
+}
+
+/// The inverse of [`position`].
+fn element(at: &[usize], shape: &[usize]) -> usize {
+    at.iter().zip(shape).fold(0, |i, (at, n)| i * n + at)
 }
 
 /// Whether two results agree to float32 rounding of a small network: within
