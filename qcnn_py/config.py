@@ -33,6 +33,9 @@ from qcnn_py.published_networks import published_network
 LayerKind = Literal["conv", "fc"]
 """The two kinds of layer that have weights to quantise."""
 
+Method = Literal["kmeans", "bcd", "gptvq"]
+"""How the codes and codewords of a layer are found."""
+
 LayerNames = Sequence[tuple[str, LayerKind]]
 """Names and kinds of the conv and fc layers of a network, in order."""
 
@@ -82,11 +85,18 @@ class LayerSettings(Section):
         default=False,
         description="Leave the layer in float32 instead of quantising it.",
     )
-    method: Literal["bcd", "kmeans"] = Field(
-        default="bcd",
+    method: Method = Field(
+        default="gptvq",
         description=(
-            "bcd: error-corrected quantisation, block coordinate descent on the "
-            "layer's response. kmeans: k-means on the weights alone."
+            "gptvq: error-corrected quantisation with error feedback, the best one. "
+            "bcd: block coordinate descent on the layer's response, the paper's. "
+            "kmeans: k-means on the weights alone."
+        ),
+    )
+    compare_methods: bool = Field(
+        default=False,
+        description=(
+            "Quantise the layer by the other methods too, for the report alone."
         ),
     )
     n_centroids: int = Field(
@@ -140,6 +150,30 @@ class LayerSettings(Section):
         default=1e-4,
         ge=0,
         description="Stop when a round lowers the objective by less than this share.",
+    )
+    feedback_rounds: int = Field(
+        default=4,
+        ge=1,
+        description=(
+            "gptvq only: alternations between codes and codewords of a subspace before "
+            "its error is passed on to those after it."
+        ),
+    )
+    relaxation_rounds: int = Field(
+        default=20,
+        ge=0,
+        description=(
+            "gptvq only: rounds of descent with noise on the codewords that dies away, "
+            "before those of max_rounds."
+        ),
+    )
+    temperature: float = Field(
+        default=0.2,
+        ge=0,
+        description=(
+            "gptvq only: standard deviation of that noise at first, as a multiple of "
+            "the error that so many codewords leave of their own deviation."
+        ),
     )
     kmeans_restarts: int = Field(
         default=3,

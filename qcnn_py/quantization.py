@@ -7,22 +7,29 @@ gives the responses that it gave in the original network.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from os import PathLike
-from typing import Any, Self, cast
+from typing import Any, Self, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from qcnn_py.artefacts import load_arrays, save_arrays
-from qcnn_py.config import LayerKind, LayerSettings, QuantizeConfig
+from qcnn_py.config import LayerKind, LayerSettings, Method, QuantizeConfig
 from qcnn_py.error_correction import CoordinateDescent
 from qcnn_py.errors import ConfigError, DatasetError, ModelFormatError
 from qcnn_py.network import FloatArray, LayerInfo, Network, QuantizedWeights
 from qcnn_py.product_quantizer import ProductQuantizer
-from qcnn_py.statistics import Array64, LayerGeometry, SecondMoments, draw_positions
+from qcnn_py.statistics import (
+    Array64,
+    LayerGeometry,
+    Samples,
+    SecondMoments,
+    draw_positions,
+)
 
 __all__ = [
     "LayerMetrics",
@@ -36,6 +43,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+Statistics = SecondMoments | Samples
 Images = npt.NDArray[Any] | Iterable[npt.NDArray[Any]]
 
 # Images run through the networks at a time: as many as make matrix products of
@@ -55,6 +63,8 @@ class LayerMetrics:
         (with bias) and the quantised layer's ``T_hat`` over all samples.
     kmeans_relative_error : float
         The same for plain k-means on the weights with the original bias.
+    compared : dict of str to float
+        The same for every method, by name, if ``compare_methods`` is set; else empty.
     samples : int
         Output positions of all images.
     rounds : int
@@ -66,6 +76,7 @@ class LayerMetrics:
 
     relative_error: float
     kmeans_relative_error: float
+    compared: dict[str, float]
     samples: int
     rounds: int
     objective: tuple[float, ...]
@@ -276,10 +287,10 @@ def collect_moments(
     images: Images,
     settings: LayerSettings,
     seed: int = 0,
-) -> SecondMoments:
-    """Gather the second moments of one layer in one pass over the images.
+) -> Statistics:
+    """Gather the statistics of one layer in one pass over the images.
 
-    The moments of several sets of images, each with its own seed, may be merged.
+    Those of several sets of images, each with its own seed, may be merged.
 
     Parameters
     ----------
@@ -288,9 +299,9 @@ def collect_moments(
 
     Returns
     -------
-    SecondMoments
-        Moments of the layer's inputs in `quantized_prefix` and of its responses in
-        `original`.
+    SecondMoments or Samples
+        Of the layer's inputs in `quantized_prefix` and of its responses in `original`;
+        samples where ``settings`` allow fewer of them than the layer has inputs.
     """
     node = original.node(layer)
     source = node.inputs[0]
@@ -301,9 +312,13 @@ def collect_moments(
     geometry = LayerGeometry.of(node)
     shape = original.shapes[layer]
     weight = original.tensors[f"{layer}.weight"]
-    moments = SecondMoments(
-        geometry.groups, prod(weight.shape[1:]), shape[0] // geometry.groups
-    )
+    moments: Statistics
+    if node.op == "fc" and settings.calibration_images < weight.shape[1]:
+        moments = Samples(weight.shape[1], shape[0])
+    else:
+        moments = SecondMoments(
+            geometry.groups, prod(weight.shape[1:]), shape[0] // geometry.groups
+        )
     random = np.random.default_rng(seed)
     n_positions = prod(shape[1:])
     n_drawn = settings.positions_per_image or n_positions
@@ -322,7 +337,7 @@ def collect_moments(
 def quantize_from_moments(
     original: Network,
     layer: str,
-    moments: SecondMoments,
+    moments: Statistics,
     settings: LayerSettings,
     seed: int = 0,
 ) -> QuantizedLayer:
@@ -332,7 +347,7 @@ def quantize_from_moments(
     ----------
     original, layer, settings, seed
         See :func:`quantize_layer`.
-    moments : SecondMoments
+    moments : SecondMoments or Samples
         What :func:`collect_moments` returned, for all images.
 
     Returns
@@ -350,52 +365,89 @@ def quantize_from_moments(
     if bias is not None:
         group_bias += bias.reshape(group_bias.shape)
 
-    weights = _cluster_weights(weight, info, settings, seed)
-    columns = _columns(weights.decode(info.channels), info.groups)
-    kmeans_relative_error = moments.relative_error(columns, group_bias)
-    objective: list[float] = []
-    if settings.method == "bcd":
-        descent = CoordinateDescent(
-            moments.error_with_best_bias()
-            if settings.bias_correction
-            else moments.error_with_bias(group_bias),
-            _columns(weight, info.groups),
-            n_positions=prod(info.kernel),
-            n_centroids=settings.n_centroids,
-            subvector_dim=settings.subvector_dim,
-            shared=settings.codebook_groups == "shared",
-            damping=settings.damping,
-        )
-        descent.seed(settings.kmeans_restarts, seed)
-        objective = descent.run(settings.max_rounds, settings.tolerance)
-        weights = _pack(descent.codebooks, descent.codes, weight.shape)
+    def quantized(method: Method) -> tuple[QuantizedWeights, list[float], float]:
+        """Return weights, objectives and relative error of a method."""
+        start = time.perf_counter()
+        if method == "kmeans":
+            weights, objective = _cluster_weights(weight, info, settings, seed), []
+        else:
+            weights, objective = _correct_weights(
+                weight, group_bias, info, moments, settings, method, seed
+            )
         columns = _columns(weights.decode(info.channels), info.groups)
-    if settings.bias_correction:
-        bias = moments.best_bias(columns).astype(np.float32).reshape(-1)
-        group_bias = bias.reshape(group_bias.shape).astype(np.float64)
+        new_bias = bias
+        if settings.bias_correction:
+            new_bias = moments.best_bias(columns).astype(np.float32).reshape(-1)
+        used = np.zeros_like(group_bias)
+        if new_bias is not None:
+            used += new_bias.reshape(used.shape)
+        error = moments.relative_error(columns, used)
+        logger.info(
+            "%s: %s, relative response error %.4g after %d rounds, %.1f s",
+            layer,
+            method,
+            error,
+            max(0, len(objective) - 1),
+            time.perf_counter() - start,
+        )
+        return replace(weights, bias=new_bias), objective, error
+
+    weights, objective, relative_error = quantized(settings.method)
+    compared = {}
+    if settings.compare_methods:
+        compared = {
+            method: relative_error
+            if method == settings.method
+            else quantized(method)[2]
+            for method in get_args(Method)
+        }
+    plain = _cluster_weights(weight, info, settings, seed)
+    columns = _columns(plain.decode(info.channels), info.groups)
     metrics = LayerMetrics(
-        relative_error=moments.relative_error(columns, group_bias),
-        kmeans_relative_error=kmeans_relative_error,
+        relative_error=relative_error,
+        kmeans_relative_error=moments.relative_error(columns, group_bias),
+        compared=compared,
         samples=moments.count,
         rounds=max(0, len(objective) - 1),
         objective=tuple(
             value / (moments.sum_squared_targets or 1.0) for value in objective
         ),
     )
-    logger.info(
-        "%s: relative response error %.4g (plain k-means %.4g), %d rounds",
-        layer,
-        metrics.relative_error,
-        metrics.kmeans_relative_error,
-        metrics.rounds,
-    )
     return QuantizedLayer(
-        layer=layer,
-        weights=replace(weights, bias=bias),
-        settings=settings,
-        seed=seed,
-        metrics=metrics,
+        layer=layer, weights=weights, settings=settings, seed=seed, metrics=metrics
     )
+
+
+def _correct_weights(
+    weight: FloatArray,
+    bias: Array64,
+    layer: LayerInfo,
+    moments: Statistics,
+    settings: LayerSettings,
+    method: Method,
+    seed: int,
+) -> tuple[QuantizedWeights, list[float]]:
+    """Quantise weights by an error-corrected method; returns objectives too."""
+    descent = CoordinateDescent(
+        moments.error_with_best_bias()
+        if settings.bias_correction
+        else moments.error_with_bias(bias),
+        _columns(weight, layer.groups),
+        n_positions=prod(layer.kernel),
+        n_centroids=settings.n_centroids,
+        subvector_dim=settings.subvector_dim,
+        shared=settings.codebook_groups == "shared",
+        damping=settings.damping,
+    )
+    if method == "gptvq":
+        descent.seed_with_feedback(
+            settings.kmeans_restarts, seed, settings.feedback_rounds
+        )
+        descent.relax(settings.relaxation_rounds, settings.temperature, seed)
+    else:
+        descent.seed(settings.kmeans_restarts, seed)
+    objective = descent.run(settings.max_rounds, settings.tolerance)
+    return _pack(descent.codebooks, descent.codes, weight.shape), objective
 
 
 def _dense_layer(network: Network, name: str) -> LayerInfo:

@@ -158,7 +158,7 @@ def test_inputs_come_from_the_quantized_prefix(network, images) -> None:
         second = quantize_layer(network, inputs_from, "second", images, SETTINGS)
         quantized = prefix.with_quantized_layer("second", second.weights)
         errors.append(measured_error(network, quantized, "second", images))
-    assert errors[0] < 0.9 * errors[1]
+    assert errors[0] < 0.95 * errors[1]
 
 
 def test_padded_channels_stay_zero(network, images) -> None:
