@@ -20,6 +20,7 @@ wildcard_constraints:
     run=one_of(CONFIG.runs),
     replicate=r"\d+",
     layer=r"[^/]+",
+    shard=r"\d+",
 
 
 include: "workflow/rules/prepare.smk"

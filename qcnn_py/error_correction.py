@@ -96,9 +96,12 @@ class CoordinateDescent:
         order = np.concatenate(
             [by_channel[start : start + subvector_dim].T.ravel() for start in starts]
         )
-        form = SampleQuadratic if isinstance(error, SampleError) else MomentQuadratic
         ordered = np.ascontiguousarray(original[:, order].swapaxes(1, 2))
-        self._objective: Quadratic = form(error, ordered, order, damping)
+        self._objective: Quadratic = (
+            SampleQuadratic(error, ordered, order, damping)
+            if isinstance(error, SampleError)
+            else MomentQuadratic(error, ordered, order, damping)
+        )
         self._sets = (
             [slice(0, groups)] if shared else [slice(g, g + 1) for g in range(groups)]
         )
@@ -295,7 +298,7 @@ class CoordinateDescent:
             self._update_codewords(window, m, chosen)
 
     def _assign(self, window: _Window, m: int, *, choose: bool) -> None:
-        """Choose the codes of a subspace, or keep them, and set its weights to match."""
+        """Choose codes of a subspace, or keep them, and set its weights to match."""
         _engine.assign(
             window.gram,
             window.weight,

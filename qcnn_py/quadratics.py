@@ -24,6 +24,7 @@ from typing import Protocol
 
 import numpy as np
 from scipy.linalg import cholesky, solve_triangular
+from scipy.linalg import inv as inverse
 
 from qcnn_py.statistics import Array64, ResponseError, SampleError
 
@@ -236,15 +237,15 @@ class _SampleElimination:
         self, inputs: Array64, misses: Array64, original: Array64, ridge: float
     ) -> None:
         self._inputs, self._original, self._ridge = inputs, original, ridge
-        kernel = inputs @ inputs.T
+        kernel: Array64 = inputs @ inputs.T
         kernel[np.diag_indices_from(kernel)] += ridge
-        self._inverse = np.linalg.inv(kernel)
-        self._solution = self._inverse @ misses
+        self._inverse: Array64 = inverse(kernel, check_finite=False)
+        self._solution: Array64 = self._inverse @ misses
 
     def plane(self, rows: slice) -> tuple[Array64, Array64]:
         """Return Hessian and minimiser of the next window."""
         inputs = self._inputs[:, rows]
-        hessian = self._ridge * np.linalg.inv(self._share(inputs, self._inverse))
+        hessian = self._ridge * self._opened(inputs)
         target = self._original[:, :, rows] + self._solution.T @ inputs
         return (hessian + hessian.T)[None] / 2, target
 
@@ -252,14 +253,14 @@ class _SampleElimination:
         """Fix the weights of that window."""
         inputs = self._inputs[:, rows]
         changed = self._inverse @ inputs
-        gain = changed @ np.linalg.inv(self._share(inputs, self._inverse))
+        gain = changed @ self._opened(inputs)
         change = (weight - self._original[:, :, rows])[0]
         self._solution += gain @ (inputs.T @ self._solution - change.T)
         self._inverse += gain @ changed.T
 
-    @staticmethod
-    def _share(inputs: Array64, inverse: Array64) -> Array64:
-        """``I - F_w' K^-1 F_w``: what the ridge alone holds of each direction."""
-        share: Array64 = -(inputs.T @ inverse @ inputs)
+    def _opened(self, inputs: Array64) -> Array64:
+        """``(I - F_w' K^-1 F_w)^-1``, where the brackets hold the ridge's share."""
+        share: Array64 = -(inputs.T @ self._inverse @ inputs)
         share[np.diag_indices_from(share)] += 1.0
-        return share
+        opened: Array64 = inverse(share, check_finite=False)
+        return opened

@@ -18,7 +18,14 @@ import numpy as np
 import numpy.typing as npt
 
 from qcnn_py.artefacts import load_arrays, save_arrays
-from qcnn_py.config import LayerKind, LayerSettings, Method, QuantizeConfig
+from qcnn_py.config import (
+    LayerKind,
+    LayerSettings,
+    LayerShape,
+    Method,
+    QuantizeConfig,
+    check_possible,
+)
 from qcnn_py.error_correction import CoordinateDescent
 from qcnn_py.errors import ConfigError, DatasetError, ModelFormatError
 from qcnn_py.network import FloatArray, LayerInfo, Network, QuantizedWeights
@@ -216,15 +223,16 @@ def quantize(
     if isinstance(config, Mapping):
         config = QuantizeConfig.from_mapping(config)
     layers = network.layers
-    config.check_layers(layer.name for layer in layers)
-    chosen: list[tuple[str, LayerSettings]] = []
-    for layer in sorted(layers, key=lambda layer: layer.kind != "conv"):
-        kind = cast(LayerKind, layer.kind)
-        settings = config.resolve(layer.name, kind, layer == layers[-1])
-        if not settings.dense and not layer.quantized:
-            # All of them before the first one is quantised, which takes its time.
-            _check_settings(layer, settings)
-            chosen.append((layer.name, settings))
+    # All of them before the first one is quantised, which takes its time.
+    plans = config.plan([_shape(layer) for layer in layers])
+    for name, plan in plans.items():
+        if plan.adaptation:
+            logger.info("%s: %s", name, plan.adaptation)
+    chosen = [
+        (layer.name, plans[layer.name].settings)
+        for layer in sorted(layers, key=lambda layer: layer.kind != "conv")
+        if not plans[layer.name].settings.dense and not layer.quantized
+    ]
     if not isinstance(calibration, np.ndarray):
         calibration = list(calibration)
     quantized = network
@@ -275,7 +283,7 @@ def quantize_layer(
     ShapeError
         If the images do not fit the network.
     """
-    _check_settings(_dense_layer(original, layer), settings)
+    check_possible(settings, _shape(_dense_layer(original, layer)))
     moments = collect_moments(original, quantized_prefix, layer, images, settings, seed)
     return quantize_from_moments(original, layer, moments, settings, seed)
 
@@ -287,15 +295,19 @@ def collect_moments(
     images: Images,
     settings: LayerSettings,
     seed: int = 0,
+    first: int = 0,
 ) -> Statistics:
     """Gather the statistics of one layer in one pass over the images.
 
-    Those of several sets of images, each with its own seed, may be merged.
+    Those of several parts of the calibration images may be merged; the parts do not
+    change the result beyond rounding.
 
     Parameters
     ----------
     original, quantized_prefix, layer, images, settings, seed
         See :func:`quantize_layer`.
+    first : int
+        Calibration images before those given.
 
     Returns
     -------
@@ -319,8 +331,9 @@ def collect_moments(
         moments = SecondMoments(
             geometry.groups, prod(weight.shape[1:]), shape[0] // geometry.groups
         )
-    random = np.random.default_rng(seed)
     n_positions = prod(shape[1:])
+    # Every image has its own part of the stream, whatever came before it.
+    random = np.random.Generator(np.random.PCG64(seed).advance(first * n_positions))
     n_drawn = settings.positions_per_image or n_positions
     values = prod(original.input_shape) + prod(original.shapes[source]) + prod(shape)
     batch_size = max(1, min(_MOST_IMAGES, _MOST_BYTES // (4 * values)))
@@ -356,7 +369,7 @@ def quantize_from_moments(
         Codebooks, codes, bias and response errors.
     """
     info = _dense_layer(original, layer)
-    _check_settings(info, settings)
+    check_possible(settings, _shape(info))
     if moments.count == 0:
         raise DatasetError("calibration images: got none, expected at least one")
     weight = original.tensors[f"{layer}.weight"]
@@ -368,8 +381,9 @@ def quantize_from_moments(
     def quantized(method: Method) -> tuple[QuantizedWeights, list[float], float]:
         """Return weights, objectives and relative error of a method."""
         start = time.perf_counter()
+        objective: list[float] = []
         if method == "kmeans":
-            weights, objective = _cluster_weights(weight, info, settings, seed), []
+            weights = _cluster_weights(weight, info, settings, seed)
         else:
             weights, objective = _correct_weights(
                 weight, group_bias, info, moments, settings, method, seed
@@ -461,16 +475,16 @@ def _dense_layer(network: Network, name: str) -> LayerInfo:
     return layers[name]
 
 
-def _check_settings(layer: LayerInfo, settings: LayerSettings) -> None:
-    n_vectors = layer.output_shape[0] * prod(layer.kernel)
-    if settings.codebook_groups == "per_group":
-        n_vectors //= layer.groups
-    if settings.n_centroids > n_vectors:
-        raise ConfigError(
-            f"quantize.layers.{layer.name}.n_centroids: got {settings.n_centroids}, "
-            f"expected at most {n_vectors}, the number of sub-vectors that share a "
-            "codebook"
-        )
+def _shape(layer: LayerInfo) -> LayerShape:
+    """Return what the configuration has to know of a layer."""
+    positions = prod(layer.kernel)
+    return LayerShape(
+        name=layer.name,
+        kind=cast(LayerKind, layer.kind),
+        n_vectors=layer.output_shape[0] * positions,
+        n_inputs=layer.channels * positions,
+        groups=layer.groups,
+    )
 
 
 def _batches(images: Images, limit: int, size: int) -> Iterator[FloatArray]:

@@ -14,6 +14,7 @@ float32 products would leave one or two valid digits of it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Self
@@ -33,6 +34,7 @@ __all__ = [
     "Samples",
     "SecondMoments",
     "draw_positions",
+    "load_merged",
     "load_statistics",
 ]
 
@@ -275,7 +277,7 @@ class SecondMoments:
                 responses[image, :, row, column].reshape(-1, groups, n_outputs),
             )
 
-    def merge(self, other: SecondMoments) -> None:
+    def merge(self, other: SecondMoments | Samples) -> None:
         """Add the samples that `other` has seen.
 
         Raises
@@ -283,10 +285,10 @@ class SecondMoments:
         ShapeError
             If `other` belongs to a layer of another shape.
         """
-        if other.shape != self.shape:
+        if not isinstance(other, SecondMoments) or other.shape != self.shape:
             raise ShapeError(
-                "moments have shape (groups, inputs, outputs) = "
-                f"{other.shape}, expected {self.shape}"
+                f"{type(other).__name__} has shape (groups, inputs, outputs) = "
+                f"{other.shape}, expected SecondMoments of {self.shape}"
             )
         self.count += other.count
         self.sum_inputs += other.sum_inputs
@@ -486,7 +488,7 @@ class Samples:
             arrays.append(np.array(array, dtype=np.float32))
         self._parts.append((arrays[0], arrays[1]))
 
-    def merge(self, other: Samples) -> None:
+    def merge(self, other: SecondMoments | Samples) -> None:
         """Add the samples that `other` has seen.
 
         Raises
@@ -494,10 +496,10 @@ class Samples:
         ShapeError
             If `other` belongs to a layer of another shape.
         """
-        if other.shape != self.shape:
+        if not isinstance(other, Samples) or other.shape != self.shape:
             raise ShapeError(
-                f"samples have shape (groups, inputs, outputs) = {other.shape}, "
-                f"expected {self.shape}"
+                f"{type(other).__name__} has shape (groups, inputs, outputs) = "
+                f"{other.shape}, expected Samples of {self.shape}"
             )
         self._parts += other._parts
 
@@ -522,7 +524,7 @@ class Samples:
         return bias[None]
 
     def relative_error(self, weight: Array64, bias: npt.ArrayLike) -> float:
-        """Return ``||T - T_hat|| / ||T||``, see :meth:`SecondMoments.relative_error`."""
+        """Return what :meth:`SecondMoments.relative_error` does."""
         error = self.error_with_bias(bias)
         misses = error.targets - error.inputs @ weight[0]
         squares = float(np.vdot(misses, misses))
@@ -563,12 +565,31 @@ def load_statistics(path: str | PathLike[str]) -> SecondMoments | Samples:
     ):
         raise ModelFormatError(
             f"{path}: holds inputs {inputs.dtype} {inputs.shape} and targets "
-            f"{targets.dtype} {targets.shape}, expected two float32 matrices of as many "
-            "rows"
+            f"{targets.dtype} {targets.shape}, expected two float32 matrices "
+            "with as many rows"
         )
     samples = Samples(inputs.shape[1], targets.shape[1])
     samples._parts = [(inputs, targets)]
     return samples
+
+
+def load_merged(paths: Iterable[str | PathLike[str]]) -> SecondMoments | Samples:
+    """Read the statistics of all shards of the images, at least one, and add them up.
+
+    One shard at a time is in memory beside the sum.
+
+    Raises
+    ------
+    ModelFormatError, OSError
+        See :func:`load_statistics`.
+    ShapeError
+        If they belong to different layers.
+    """
+    first, *others = paths
+    merged = load_statistics(first)
+    for path in others:
+        merged.merge(load_statistics(path))
+    return merged
 
 
 def draw_positions(

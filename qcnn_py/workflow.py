@@ -11,11 +11,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from math import prod
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from qcnn_py.config import LayerNames
+from qcnn_py.config import LayerShape
 from qcnn_py.errors import ModelFormatError, QcnnError
 
 _PACKAGE = Path(__file__).parent
@@ -129,28 +130,40 @@ def reporting(log: str | os.PathLike[str]) -> Iterator[None]:
         raise
 
 
-def read_layer_names(path: str | os.PathLike[str]) -> LayerNames:
-    """Return names and kinds of the conv and fc layers of a ``.qcnn`` file.
+def read_layer_shapes(path: str | os.PathLike[str]) -> list[LayerShape]:
+    """Return the conv and fc layers of a ``.qcnn`` file of dense weights, in order.
 
     Only the header of the file is read.
 
     Raises
     ------
     ModelFormatError
-        If the file is no ``.qcnn`` file.
+        If the file is no ``.qcnn`` file, or one of its layers is quantised.
     OSError
         If it cannot be read.
     """
     try:
         with safe_open(path, framework="numpy") as file:
             graph = json.loads(file.metadata()["qcnn"])["graph"]
-        return [
-            (node["name"], node["op"]["type"])
-            for node in graph["nodes"]
-            if node["op"]["type"] in ("conv", "fc")
-        ]
+            shapes = []
+            for node in graph["nodes"]:
+                name, op = node["name"], node["op"]
+                if op["type"] in ("conv", "fc"):
+                    size = file.get_slice(f"{name}.weight").get_shape()
+                    shapes.append(
+                        LayerShape(
+                            name=name,
+                            kind=op["type"],
+                            n_vectors=size[0] * prod(size[2:]),
+                            n_inputs=prod(size[1:]),
+                            groups=op.get("groups", 1),
+                        )
+                    )
+            return shapes
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ModelFormatError(f"{path}: expected a .qcnn file, got {error}") from error
+        raise ModelFormatError(
+            f"{path}: expected a .qcnn file of dense weights, got {error}"
+        ) from error
 
 
 @cache

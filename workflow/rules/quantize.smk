@@ -1,12 +1,37 @@
-# One job per layer. Each sees the responses of the layers quantised before it, so
-# the jobs of a kind form a chain.
+# One job per layer, behind jobs that gather the statistics of its inputs and responses
+# on a shard of the images each. A layer sees the responses of the layers quantised
+# before it, so the jobs of a kind form a chain.
 
 
-rule quantize_conv_layer:
+rule collect_conv_statistics:
     input:
         dataset=rules.prepare_dataset.output.dataset,
         network=rules.prepare_network.output.network,
         previous=previous_conv_layers,
+    output:
+        statistics=temp(f"{REPLICATE}/statistics/conv/{{layer}}/{{shard}}.safetensors"),
+    log:
+        f"{RUN}/logs/{{replicate}}/collect_conv_statistics.{{layer}}.{{shard}}.log",
+    benchmark:
+        f"{REPLICATE}/timings/collect_conv_statistics.{{layer}}.{{shard}}.tsv"
+    conda:
+        "../envs/qcnn.yaml"
+    params:
+        layer=layer_name,
+        shard=shard_number,
+        settings=statistics_settings,
+        seed=replicate_seed,
+        code=code_of("collect_conv_statistics"),
+    message:
+        "{wildcards.run}/{wildcards.replicate}: statistics of {params.layer}, shard {params.shard}"
+    script:
+        "../scripts/collect_conv_statistics.py"
+
+
+rule quantize_conv_layer:
+    input:
+        network=rules.prepare_network.output.network,
+        statistics=conv_shards,
     output:
         layer=f"{REPLICATE}/quantized/{{layer}}.safetensors",
     log:
@@ -26,11 +51,35 @@ rule quantize_conv_layer:
         "../scripts/quantize_conv_layer.py"
 
 
-rule requantize_fc_layer:
+rule collect_fc_statistics:
     input:
         dataset=rules.prepare_dataset.output.dataset,
         network=f"{REPLICATE}/finetuned.qcnn",
         previous=previous_fc_layers,
+    output:
+        statistics=temp(f"{REPLICATE}/statistics/fc/{{layer}}/{{shard}}.safetensors"),
+    log:
+        f"{RUN}/logs/{{replicate}}/collect_fc_statistics.{{layer}}.{{shard}}.log",
+    benchmark:
+        f"{REPLICATE}/timings/collect_fc_statistics.{{layer}}.{{shard}}.tsv"
+    conda:
+        "../envs/qcnn.yaml"
+    params:
+        layer=layer_name,
+        shard=shard_number,
+        settings=statistics_settings,
+        seed=replicate_seed,
+        code=code_of("collect_fc_statistics"),
+    message:
+        "{wildcards.run}/{wildcards.replicate}: statistics of {params.layer}, shard {params.shard}"
+    script:
+        "../scripts/collect_fc_statistics.py"
+
+
+rule requantize_fc_layer:
+    input:
+        network=f"{REPLICATE}/finetuned.qcnn",
+        statistics=fc_shards,
     output:
         layer=f"{REPLICATE}/requantized/{{layer}}.safetensors",
     log:
