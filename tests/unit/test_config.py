@@ -390,7 +390,7 @@ class TestPlan:
                 },
                 "got 200, expected at most 144",
             ),
-            ({"exclude": ["fd"]}, r"quantize\.exclude\.0: got 'fd': the .*'fc'"),
+            ({"exclude": ["lost"]}, r"quantize\.exclude\.0: got 'lost': the .*'last'"),
             (
                 {"exclude": ["fc"], "layers": {"fc": {"n_centroids": 4}}},
                 r"quantize\.exclude: got fc, which quantize\.layers has settings for",
@@ -417,6 +417,6 @@ class TestPlan:
             self.plan([wide], calibration_images=20_000)
 
     def test_impossible_settings_are_refused_before_anything_runs(self):
+        run = {"kind": "pipeline", "quantize": {"fc": {"n_centroids": 16}}}
         with pytest.raises(ConfigError, match=r"^runs\.a\.quantize\.layers\.fc2\."):
-            run = {"kind": "pipeline", "quantize": {"fc": {"n_centroids": 16}}}
             load_config({"runs": {"a": run}})

@@ -245,16 +245,16 @@ def test_shards_draw_the_positions_of_the_whole(network, images) -> None:
 
 
 def test_few_samples_are_kept_themselves(network, images) -> None:
-    # The layer "third" has 24 inputs.
+    # The layer "third" has 48 inputs.
     results = {}
-    for n_images in (23, 24):
+    for n_images in (47, 48):
         settings = SETTINGS.model_copy(update={"calibration_images": n_images})
-        moments = collect_moments(network, network, "third", images[:23], settings)
+        moments = collect_moments(network, network, "third", images[:47], settings)
         results[type(moments)] = quantize_from_moments(
             network, "third", moments, settings
         )
     samples, moments = results[Samples], results[SecondMoments]
-    assert samples.metrics.samples == moments.metrics.samples == 23
+    assert samples.metrics.samples == moments.metrics.samples == 47
     np.testing.assert_allclose(
         samples.metrics.objective, moments.metrics.objective, rtol=1e-4
     )
@@ -271,7 +271,7 @@ def test_methods_are_compared(network, images) -> None:
         alone = SETTINGS.model_copy(update={"method": method})
         other = quantize_layer(network, network, "second", images, alone)
         assert other.metrics.relative_error == error
-    assert result.metrics.compared["gptvq"] < 0.97 * result.metrics.compared["bcd"]
+    assert result.metrics.compared["gptvq"] < result.metrics.compared["bcd"]
 
 
 @pytest.mark.parametrize("layer", ["second", "third"])
@@ -283,7 +283,7 @@ def test_weights_on_codewords_are_found_exactly(network, images, layer: str) -> 
     result = quantize_layer(original, original, layer, images, SETTINGS)
     assert result.metrics.relative_error < 1e-6
     np.testing.assert_allclose(
-        result.weights.decode(24 if layer == "third" else 6),
+        result.weights.decode(48 if layer == "third" else 6),
         original.tensors[f"{layer}.weight"],
         atol=1e-5,
     )

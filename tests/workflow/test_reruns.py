@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 AFTER_FINETUNING = {
+    "collect_fc_statistics": 2,
     "requantize_fc_layer": 2,
     "assemble_model": 1,
     "evaluate_models": 1,
@@ -37,6 +38,7 @@ def setting(*path, value):
             {
                 "prepare_dataset": 1,
                 "prepare_network": 1,
+                "collect_conv_statistics": 2,
                 "quantize_conv_layer": 2,
                 **AFTER_CONV,
             },
@@ -45,19 +47,19 @@ def setting(*path, value):
         ),
         pytest.param(
             setting("quantize", "layers", "conv1", "n_centroids", value=4),
-            {"quantize_conv_layer": 2, **AFTER_CONV},
+            {"collect_conv_statistics": 2, "quantize_conv_layer": 2, **AFTER_CONV},
             {"conv1", "conv2", "fc1", "fc2"},
             id="first conv layer",
         ),
         pytest.param(
             setting("quantize", "layers", "conv2", "n_centroids", value=4),
-            {"quantize_conv_layer": 1, **AFTER_CONV},
+            {"collect_conv_statistics": 1, "quantize_conv_layer": 1, **AFTER_CONV},
             {"conv2", "fc1", "fc2"},
             id="second conv layer",
         ),
         pytest.param(
             setting("quantize", "layers", "conv1", "dense", value=True),
-            {"quantize_conv_layer": 1, **AFTER_CONV},
+            {"collect_conv_statistics": 1, "quantize_conv_layer": 1, **AFTER_CONV},
             {"conv2", "fc1", "fc2"},
             id="a layer left dense",
         ),
@@ -69,9 +71,19 @@ def setting(*path, value):
         ),
         pytest.param(
             setting("quantize", "layers", "fc2", "n_centroids", value=4),
-            {**AFTER_FINETUNING, "requantize_fc_layer": 1},
+            {
+                **AFTER_FINETUNING,
+                "collect_fc_statistics": 1,
+                "requantize_fc_layer": 1,
+            },
             {"fc2"},
             id="last fc layer",
+        ),
+        pytest.param(
+            setting("quantize", "layers", "fc2", "shards", value=3),
+            {"report_pipeline": 1, "collect_fc_statistics": 3},
+            set(),
+            id="shards",
         ),
         pytest.param(
             setting("benchmark", "batches", value=3),
