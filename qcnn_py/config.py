@@ -298,8 +298,8 @@ class QuantizeConfig(LayerOverrides):
             "small: gptvq, conv 8/64, fc 8/32, last layer 4/32. fast: gptvq, conv "
             "4/32, all fc 4/16. A preset adapts, as the default does: its n_centroids "
             "is halved where a codebook would have fewer than two sub-vectors per "
-            "codeword; where one halving is not enough, or the number of outputs is not "
-            "known before images are read, the layer stays dense."
+            "codeword; where one halving is not enough, or the number of outputs is "
+            "not known before images are read, the layer stays dense."
         ),
     )
     exclude: tuple[str, ...] = Field(
