@@ -206,7 +206,7 @@ class LayerSettings(Section):
         ),
     )
     relaxation_rounds: int = Field(
-        default=20,
+        default=10,
         ge=0,
         description=(
             "gptvq only: rounds of descent with noise on the codewords that dies away, "

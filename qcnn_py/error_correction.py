@@ -35,7 +35,7 @@ Codes = npt.NDArray[np.int64]
 
 # Rows of weights that are changed before the residual of all other rows follows.
 # Enough for that update to be bound by arithmetic, not by memory.
-_WINDOW_ROWS = 128
+_WINDOW_ROWS = 64
 
 # Clustering is a start that is improved on at once: its last digits are not needed.
 _CLUSTER_TOLERANCE = 1e-4

@@ -4,7 +4,7 @@
 //! negative half gradient `g - H w` is the *residual*. Only a window of rows is looked at:
 //! those of the subspace and of others that share one update of everything else.
 
-use crate::{least, linear_costs, on_threads, transposed};
+use crate::{least, linear_costs, on_threads, transposed, with_vectors};
 
 /// Multiply-adds that are worth a thread of their own.
 const WORK_PER_THREAD: usize = 1 << 20;
@@ -63,30 +63,26 @@ pub fn assign(
     choose: bool,
     threads: usize,
 ) {
-    let (rows, outputs, dim) = (window.rows, window.outputs, books.dim);
+    let (rows, dim) = (window.rows, books.dim);
     let n_vectors = window.weight.len() / rows;
     let positions = codes.len() / n_vectors.max(1);
-    let n_centroids = books.n_centroids();
-    let lanes: Vec<Vec<f64>> = (0..books.sets)
-        .map(|set| transposed(books.set(set), dim))
-        .collect();
-    let gram = window.gram;
-    let row_of = |group: usize, row: usize| {
-        let start = (group * rows + row) * rows;
-        &gram[start..start + rows]
+    let subspace = Subspace {
+        gram: window.gram,
+        books,
+        lanes: (0..books.sets)
+            .map(|set| transposed(books.set(set), dim))
+            .collect(),
+        energies: if choose {
+            energies(window.gram, rows, books, first, positions)
+        } else {
+            Vec::new()
+        },
+        rows,
+        outputs: window.outputs,
+        positions,
+        first,
     };
-    // What a codeword adds to the objective beside its product with the target.
-    let groups = n_vectors / outputs.max(1);
-    let mut energies = Vec::new();
-    if choose {
-        for (group, position) in (0..groups).flat_map(|g| (0..positions).map(move |t| (g, t))) {
-            let start = first + position * dim;
-            for word in books.set(books.set_of(group)).chunks_exact(dim) {
-                energies.push(quadratic(word, |i| &row_of(group, start + i)[start..]));
-            }
-        }
-    }
-    let work = n_vectors * positions * (n_centroids + rows) * dim;
+    let work = n_vectors * positions * (books.n_centroids() + rows) * dim;
     let worth = (work / WORK_PER_THREAD).clamp(1, threads.max(1));
     let share = n_vectors.div_ceil(worth).max(1);
     let parts = window
@@ -96,46 +92,106 @@ pub fn assign(
         .zip(codes.chunks_mut(share * positions))
         .enumerate();
     on_threads(parts, |(part, ((weight, residual), codes))| {
-        let mut target = vec![0.0; dim];
-        let mut costs = vec![0.0; n_centroids];
-        let of_output = weight
-            .chunks_exact_mut(rows)
-            .zip(residual.chunks_exact_mut(rows))
-            .zip(codes.chunks_exact_mut(positions))
-            .enumerate();
-        for (i, ((weight, residual), codes)) in of_output {
-            let group = (part * share + i) / outputs;
-            let set = books.set_of(group);
-            for (position, code) in codes.iter_mut().enumerate() {
-                let start = first + position * dim;
-                if choose {
-                    for (j, value) in target.iter_mut().enumerate() {
-                        let own = &row_of(group, start + j)[start..start + dim];
-                        *value = residual[start + j] + dot(own, &weight[start..start + dim]);
-                    }
-                    let at = (group * positions + position) * n_centroids;
-                    let energies = &energies[at..at + n_centroids];
-                    linear_costs(energies, &lanes[set], &target, &mut costs);
-                    let best = least(&costs);
-                    if costs[best] < costs[*code as usize] {
-                        *code = best as i64;
-                    }
+        assign_part(&subspace, part * share, weight, residual, codes, choose);
+    });
+}
+
+/// What all threads read.
+struct Subspace<'a> {
+    gram: &'a [f64],
+    books: Books<'a>,
+    /// The sets of codewords, transposed.
+    lanes: Vec<Vec<f64>>,
+    /// What a codeword adds to the objective beside its product with the target,
+    /// (groups, positions, K).
+    energies: Vec<f64>,
+    rows: usize,
+    outputs: usize,
+    positions: usize,
+    first: usize,
+}
+
+fn energies(
+    gram: &[f64],
+    rows: usize,
+    books: Books<'_>,
+    first: usize,
+    positions: usize,
+) -> Vec<f64> {
+    let mut energies = Vec::new();
+    for (group, gram) in gram.chunks_exact(rows * rows).enumerate() {
+        for position in 0..positions {
+            let start = first + position * books.dim;
+            for word in books.set(books.set_of(group)).chunks_exact(books.dim) {
+                energies.push(quadratic(word, |i| &gram[(start + i) * rows + start..]));
+            }
+        }
+    }
+    energies
+}
+
+/// [`assign`] for the outputs from `first_output` on.
+#[inline(always)]
+fn assign_outputs(
+    subspace: &Subspace<'_>,
+    first_output: usize,
+    weight: &mut [f64],
+    residual: &mut [f64],
+    codes: &mut [i64],
+    choose: bool,
+) {
+    let (rows, dim) = (subspace.rows, subspace.books.dim);
+    let n_centroids = subspace.books.n_centroids();
+    let mut target = vec![0.0; dim];
+    let mut costs = vec![0.0; n_centroids];
+    let of_output = weight
+        .chunks_exact_mut(rows)
+        .zip(residual.chunks_exact_mut(rows))
+        .zip(codes.chunks_exact_mut(subspace.positions))
+        .enumerate();
+    for (i, ((weight, residual), codes)) in of_output {
+        let group = (first_output + i) / subspace.outputs;
+        let gram = &subspace.gram[group * rows * rows..(group + 1) * rows * rows];
+        let set = subspace.books.set_of(group);
+        for (position, code) in codes.iter_mut().enumerate() {
+            let start = subspace.first + position * dim;
+            if choose {
+                for (j, value) in target.iter_mut().enumerate() {
+                    let own = &gram[(start + j) * rows + start..][..dim];
+                    *value = residual[start + j] + dot(own, &weight[start..start + dim]);
                 }
-                let at = *code as usize * dim;
-                let word = &books.set(set)[at..at + dim];
-                for (j, &value) in word.iter().enumerate() {
-                    let change = value - weight[start + j];
-                    if change != 0.0 {
-                        weight[start + j] = value;
-                        for (r, h) in residual.iter_mut().zip(row_of(group, start + j)) {
-                            *r -= change * h;
-                        }
+                let at = (group * subspace.positions + position) * n_centroids;
+                let energies = &subspace.energies[at..at + n_centroids];
+                linear_costs(energies, &subspace.lanes[set], &target, &mut costs);
+                let best = least(&costs);
+                if costs[best] < costs[*code as usize] {
+                    *code = best as i64;
+                }
+            }
+            let at = *code as usize * dim;
+            let word = &subspace.books.set(set)[at..at + dim];
+            for (j, &value) in word.iter().enumerate() {
+                let change = value - weight[start + j];
+                if change != 0.0 {
+                    weight[start + j] = value;
+                    let row = &gram[(start + j) * rows..][..rows];
+                    for (r, h) in residual.iter_mut().zip(row) {
+                        *r -= change * h;
                     }
                 }
             }
         }
-    });
+    }
 }
+
+with_vectors!(assign_part = assign_outputs(
+    subspace: &Subspace<'_>,
+    first_output: usize,
+    weight: &mut [f64],
+    residual: &mut [f64],
+    codes: &mut [i64],
+    choose: bool,
+) -> ());
 
 /// Normal matrix of all codewords that meet in the outputs of some groups.
 ///
@@ -178,6 +234,7 @@ fn gram_groups(gram: usize, codes: usize, dim: usize, outputs: usize) -> usize {
     per_position * per_position * dim * dim / gram
 }
 
+#[inline(always)]
 fn dot(x: &[f64], y: &[f64]) -> f64 {
     x.iter().zip(y).map(|(a, b)| a * b).sum()
 }

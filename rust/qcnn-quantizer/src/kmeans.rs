@@ -1,7 +1,9 @@
 //! k-means: seeding by k-means++ (Arthur and Vassilvitskii, 2007) with several trials
 //! per seed, then Lloyd's iteration.
 
-use crate::{least, linear_costs, on_threads, transposed};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::{least, linear_costs, on_threads, transposed, with_vectors};
 
 /// Multiply-adds that are worth a thread of their own.
 const WORK_PER_THREAD: usize = 1 << 20;
@@ -108,8 +110,16 @@ fn pick(weights: &[f64], threshold: f64) -> usize {
     last
 }
 
+#[inline(always)]
 fn squared_distance(x: &[f64], y: &[f64]) -> f64 {
     x.iter().zip(y).map(|(a, b)| (a - b) * (a - b)).sum()
+}
+
+/// Centroids, as they are and in the form that [`linear_costs`] takes.
+struct Centroids<'a> {
+    values: &'a [f64],
+    rows: Vec<f64>,
+    norms: Vec<f64>,
 }
 
 /// Give each vector its nearest centroid; returns whether a label changed.
@@ -121,34 +131,56 @@ fn assign(
     distances: &mut [f64],
     threads: usize,
 ) -> bool {
-    let n_centroids = centroids.len() / dim;
-    let rows = transposed(centroids, dim);
-    let norms: Vec<f64> = centroids
-        .chunks_exact(dim)
-        .map(|c| c.iter().map(|x| x * x).sum())
-        .collect();
-    let moved = std::sync::atomic::AtomicBool::new(false);
-    let worth = (vectors.len() * n_centroids / WORK_PER_THREAD).clamp(1, threads.max(1));
+    let centroids = Centroids {
+        values: centroids,
+        rows: transposed(centroids, dim),
+        norms: centroids
+            .chunks_exact(dim)
+            .map(|c| c.iter().map(|x| x * x).sum())
+            .collect(),
+    };
+    let work = vectors.len() * centroids.norms.len();
+    let worth = (work / WORK_PER_THREAD).clamp(1, threads.max(1));
     let share = labels.len().div_ceil(worth).max(1);
+    let moved = AtomicBool::new(false);
     let parts = vectors
         .chunks(share * dim)
         .zip(labels.chunks_mut(share))
         .zip(distances.chunks_mut(share));
     on_threads(parts, |((vectors, labels), distances)| {
-        let mut costs = vec![0.0; n_centroids];
-        for ((x, label), distance) in vectors.chunks_exact(dim).zip(labels).zip(distances) {
-            linear_costs(&norms, &rows, x, &mut costs);
-            let best = least(&costs);
-            let centre = |k: usize| &centroids[k * dim..(k + 1) * dim];
-            *distance = squared_distance(x, centre(best));
-            if *label != best as i64 {
-                *label = best as i64;
-                moved.store(true, std::sync::atomic::Ordering::Relaxed);
-            }
+        if nearest(&centroids, vectors, labels, distances) {
+            moved.store(true, Ordering::Relaxed);
         }
     });
     moved.into_inner()
 }
+
+#[inline(always)]
+fn nearest_centroids(
+    centroids: &Centroids<'_>,
+    vectors: &[f64],
+    labels: &mut [i64],
+    distances: &mut [f64],
+) -> bool {
+    let dim = centroids.values.len() / centroids.norms.len();
+    let mut costs = vec![0.0; centroids.norms.len()];
+    let mut moved = false;
+    for ((x, label), distance) in vectors.chunks_exact(dim).zip(labels).zip(distances) {
+        linear_costs(&centroids.norms, &centroids.rows, x, &mut costs);
+        let best = least(&costs);
+        *distance = squared_distance(x, &centroids.values[best * dim..(best + 1) * dim]);
+        moved |= *label != best as i64;
+        *label = best as i64;
+    }
+    moved
+}
+
+with_vectors!(nearest = nearest_centroids(
+    centroids: &Centroids<'_>,
+    vectors: &[f64],
+    labels: &mut [i64],
+    distances: &mut [f64],
+) -> bool);
 
 /// Move each centroid to the mean of its members; one without members stays.
 fn means(vectors: &[f64], dim: usize, labels: &[i64], centroids: &mut [f64]) {
