@@ -230,7 +230,7 @@ fn bench_fc(bencher: Bencher<'_, '_>, case: &Case<Fc>, quantized: bool) {
             Weights::ProductQuantized {
                 geometry: pq,
                 codebooks: &codebooks,
-                codes: &codes,
+                codes: codes.as_slice().into(),
             }
         } else {
             Weights::Dense(&dense)

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Result, bail_format, bail_shape};
 use crate::geometry::{ConvGeometry, PoolGeometry, checked_product};
-use crate::pack::{SharedBytes, check_packed, unpack};
+use crate::pack::{Codes, SharedBytes, check_packed};
 
 /// Largest codebook: codes are at most 16 bits wide.
 pub const MAX_CENTROIDS: usize = 1 << 16;
@@ -666,21 +666,18 @@ impl Network {
         }
     }
 
-    /// The codes of a product-quantised node, unpacked to `buffer` if necessary.
-    ///
-    /// One buffer for all layers is much faster than a new one for each: most of
-    /// the time would go into fresh pages.
-    pub fn codes<'a>(&'a self, node: &str, buffer: &'a mut Vec<u16>) -> Option<&'a [u16]> {
+    /// The codes of a product-quantised node.
+    pub fn codes(&self, node: &str) -> Option<Codes<'_>> {
         let name = format!("{node}.codes");
         let spec = self.layout.tensors.get(&name)?;
         let pq = spec.codes?;
         match &self.tensors[&name].data {
-            TensorData::Codes(codes) => Some(codes),
-            TensorData::PackedCodes(bytes) => {
-                let n = spec.shape.iter().product();
-                unpack(bytes, n, pq.code_bits(), buffer);
-                Some(buffer)
-            }
+            TensorData::Codes(codes) => Some(Codes::Unpacked(codes)),
+            TensorData::PackedCodes(bytes) => Some(Codes::Packed {
+                bytes,
+                n: spec.shape.iter().product(),
+                bits: pq.code_bits(),
+            }),
             TensorData::F32(_) => None,
         }
     }
@@ -720,9 +717,8 @@ fn check_tensor(name: &str, spec: &TensorSpec, tensor: &Tensor) -> Result<()> {
             let problem = if pq.n_centroids == 1 << bits {
                 None
             } else {
-                let mut codes = Vec::new();
-                unpack(bytes, elements, bits, &mut codes);
-                too_large(&codes, pq)
+                let n = elements;
+                too_large(Codes::Packed { bytes, n, bits }.all(&mut Vec::new()), pq)
             };
             (elements, problem)
         }

@@ -209,6 +209,8 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
     /// Clock cycles that [`look_up_i16`](Self::look_up_i16) takes with 4, 5 and
     /// 6 bits, with the shift and the addition that go with it.
     const LOOK_UP_CYCLES: [f64; 3];
+    /// The same for [`look_up_f32`](Self::look_up_f32).
+    const LOOK_UP_F32_CYCLES: [f64; 3];
     /// A vector.
     type F32: Copy + fmt::Debug;
     /// A vector of 16-bit integers, twice as many.
@@ -273,6 +275,31 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
     /// `target` is valid for writes of `n` values.
     unsafe fn store_part(self, target: *mut f32, vector: Self::F32, n: usize);
 
+    /// The values at `source` in lanes `begin` to `end`, lane i being value i;
+    /// zeros in the others.
+    ///
+    /// # Safety
+    ///
+    /// `begin <= end <= LANES`, and values `begin` to `end` are valid for reads.
+    /// Nothing else need be, not even `source`.
+    unsafe fn load_range(self, source: *const f32, begin: usize, end: usize) -> Self::F32;
+
+    /// The inverse of [`load_range`](Self::load_range): write lanes `begin` to
+    /// `end`.
+    ///
+    /// # Safety
+    ///
+    /// `begin <= end <= LANES`, and values `begin` to `end` are valid for writes.
+    /// Nothing else need be, not even `target`.
+    unsafe fn store_range(self, target: *mut f32, vector: Self::F32, begin: usize, end: usize);
+
+    /// Lane `i` becomes lane `i + distance`; the last `distance` lanes become
+    /// any of the others.
+    fn shift(self, vector: Self::F32, distance: usize) -> Self::F32;
+
+    /// Lanes `distance` and following of two vectors; `distance` is less than `LANES`.
+    fn shift_pair(self, pair: [Self::F32; 2], distance: usize) -> Self::F32;
+
     /// The first `LANES` values of a slice, zeros where it is shorter.
     #[inline(always)]
     fn load_first(self, values: &[f32]) -> Self::F32 {
@@ -322,6 +349,20 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
     /// Every lane `value`.
     fn splat_i32(self, value: i32) -> Self::I32;
 
+    /// The `LANES` integers at `source`, which needs no alignment.
+    ///
+    /// # Safety
+    ///
+    /// `source` is valid for reads of `LANES` integers.
+    unsafe fn load_i32(self, source: *const i32) -> Self::I32;
+
+    /// Write the `LANES` integers to `target`, which needs no alignment.
+    ///
+    /// # Safety
+    ///
+    /// `target` is valid for writes of `LANES` integers.
+    unsafe fn store_i32(self, target: *mut i32, vector: Self::I32);
+
     /// `c + a[2i] * b[2i] + a[2i + 1] * b[2i + 1]`, modulo 2^32.
     fn dot_i16(self, a: Self::I16, b: Self::I16, c: Self::I32) -> Self::I32;
 
@@ -349,6 +390,21 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
         entries: *const i16,
         indices: Self::I16,
     ) -> Self::I16;
+
+    /// Every lane shifted right by `BITS`, 1 to 31, zeros behind.
+    fn shift_right_i32<const BITS: u32>(self, vector: Self::I32) -> Self::I32;
+
+    /// Every lane's entry of a table of `2^BITS`: of the lane, only the lowest
+    /// `BITS` bits count, 4 to 6.
+    ///
+    /// # Safety
+    ///
+    /// `entries` is valid for reads of `2^BITS` values.
+    unsafe fn look_up_f32<const BITS: u32>(
+        self,
+        entries: *const f32,
+        indices: Self::I32,
+    ) -> Self::F32;
 
     /// Bring the cache line at `address`, which may be any, closer.
     fn prefetch(self, address: *const i16);
@@ -448,6 +504,9 @@ mod tests {
             check_look_up::<S, 4>(s);
             check_look_up::<S, 5>(s);
             check_look_up::<S, 6>(s);
+            check_look_up_f32::<S, 4>(s);
+            check_look_up_f32::<S, 5>(s);
+            check_look_up_f32::<S, 6>(s);
             for distance in 0..lanes {
                 let mut shifted = vec![0i16; lanes];
                 // SAFETY: both buffers hold a vector where they are used.
@@ -482,6 +541,17 @@ mod tests {
                 s.store(floats.as_mut_ptr(), low);
                 s.store(floats.as_mut_ptr().add(S::LANES), high);
             }
+            // SAFETY: both buffers hold LANES integers beyond element 1.
+            unsafe {
+                let source: Vec<i32> = (0..=S::LANES as i32).map(|i| i * 70_000).collect();
+                let mut target = vec![-1; S::LANES + 2];
+                s.store_i32(
+                    target.as_mut_ptr().add(1),
+                    s.load_i32(source.as_ptr().add(1)),
+                );
+                assert_eq!(target[1..=S::LANES], source[1..], "{}", S::NAME);
+                assert_eq!([target[0], target[S::LANES + 1]], [-1; 2], "{}", S::NAME);
+            }
             for i in 0..lanes {
                 let sum = 3 * i32::from(a[i]) - 2 * i32::from(b[i]) + (1 << 15);
                 assert_eq!(i32::from(products[i]), sum >> 16, "{} {i}", S::NAME);
@@ -515,6 +585,27 @@ mod tests {
         }
     }
 
+    /// As [`check_look_up`].
+    #[inline(always)]
+    fn check_look_up_f32<S: Simd, const BITS: u32>(s: S) {
+        let n = 1usize << BITS;
+        let entries: Vec<f32> = (0..n).map(|i| i as f32 * 1.5 - 20.0).collect();
+        for first in (0..n).step_by(S::LANES) {
+            let word = |i: usize| ((first + i) << 3) as i32 | 0x9000_7005_u32.cast_signed();
+            let words: Vec<i32> = (0..S::LANES).map(word).collect();
+            // SAFETY: there are 2^BITS entries and a vector of words.
+            let found = unsafe {
+                let indices = s.shift_right_i32::<3>(s.load_i32(words.as_ptr()));
+                s.look_up_f32::<BITS>(entries.as_ptr(), indices)
+            };
+            let mut values = vec![0.0; S::LANES];
+            s.store_first(&mut values, found);
+            let index = |word: &i32| (word.cast_unsigned() >> 3) as usize % n;
+            let expected: Vec<f32> = words.iter().map(|word| entries[index(word)]).collect();
+            assert_eq!(values, expected, "{} {BITS}", S::NAME);
+        }
+    }
+
     /// The primitives that rounding, NaN or parts of vectors concern.
     #[inline(always)]
     fn check_floats<S: Simd>(s: S) {
@@ -544,6 +635,33 @@ mod tests {
                 let error = got * f64::from(x).sqrt() - 1.0;
                 assert!(error.abs() < 1.0 / 2048.0, "{}: {x} {error}", S::NAME);
             }
+        }
+        for distance in 0..S::LANES {
+            let shifted = get(s.shift(va, distance));
+            let kept = S::LANES - distance;
+            assert_eq!(shifted[..kept], a[distance..], "{} {distance}", S::NAME);
+            let both: Vec<f32> = a.iter().chain(&b).copied().collect();
+            let shifted = get(s.shift_pair([va, vb], distance));
+            assert_eq!(
+                shifted,
+                both[distance..][..S::LANES],
+                "{} {distance}",
+                S::NAME
+            );
+        }
+        for (begin, end) in (0..=S::LANES).flat_map(|end| (0..=end).map(move |b| (b, end))) {
+            // Of the slices only the range exists.
+            let range = a[begin..end].to_vec();
+            let mut expected = vec![0.0; S::LANES];
+            expected[begin..end].copy_from_slice(&range);
+            let mut target = vec![7.0; end - begin];
+            // SAFETY: both hold the range; other lanes are not touched.
+            unsafe {
+                let loaded = s.load_range(range.as_ptr().wrapping_sub(begin), begin, end);
+                assert_eq!(get(loaded), expected, "{} {begin}..{end}", S::NAME);
+                s.store_range(target.as_mut_ptr().wrapping_sub(begin), va, begin, end);
+            }
+            assert_eq!(target, range, "{} {begin}..{end}", S::NAME);
         }
         for n in 0..=S::LANES {
             let mut expected = vec![0.0; S::LANES];

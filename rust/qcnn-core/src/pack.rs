@@ -88,9 +88,64 @@ pub fn check_packed(what: &str, bytes: &[u8], n: usize, bits: u32) -> Result<()>
     Ok(())
 }
 
-/// Unpack `n` codes of `bits` bits (1 to 16), which [`check_packed`] has passed,
-/// in place of what `codes` holds.
-pub fn unpack(bytes: &[u8], n: usize, bits: u32, codes: &mut Vec<u16>) {
+/// Codes of a layer, as they are stored.
+#[derive(Clone, Copy, Debug)]
+pub enum Codes<'a> {
+    /// One in each number.
+    Unpacked(&'a [u16]),
+    /// Packed, which [`check_packed`] has passed.
+    Packed {
+        /// The bit stream.
+        bytes: &'a [u8],
+        /// Number of codes.
+        n: usize,
+        /// Bits of each, 1 to 16.
+        bits: u32,
+    },
+}
+
+impl<'a> From<&'a [u16]> for Codes<'a> {
+    fn from(codes: &'a [u16]) -> Self {
+        Self::Unpacked(codes)
+    }
+}
+
+impl<'a> Codes<'a> {
+    /// All codes, unpacked to `buffer` if necessary.
+    pub fn all<'b>(&self, buffer: &'b mut Vec<u16>) -> &'b [u16]
+    where
+        'a: 'b,
+    {
+        match *self {
+            Self::Unpacked(codes) => codes,
+            Self::Packed { n, .. } => self.range(0..n, buffer),
+        }
+    }
+
+    /// The codes of a range, unpacked to `buffer` if necessary.
+    ///
+    /// A buffer that is used again, and stays in the caches, is much faster than
+    /// one for all codes: most of the time would go into fresh pages.
+    pub fn range<'b>(&self, range: Range<usize>, buffer: &'b mut Vec<u16>) -> &'b [u16]
+    where
+        'a: 'b,
+    {
+        match *self {
+            Self::Unpacked(codes) => &codes[range],
+            Self::Packed { bytes, n, bits } => {
+                assert!(range.start <= range.end && range.end <= n);
+                // Eight codes start at a byte.
+                let before = range.start % 8;
+                let first = range.start / 8 * bits as usize;
+                unpack(&bytes[first..], before + range.len(), bits, buffer);
+                &buffer[before..]
+            }
+        }
+    }
+}
+
+/// Unpack `n` codes of `bits` bits (1 to 16) in place of what `codes` holds.
+fn unpack(bytes: &[u8], n: usize, bits: u32, codes: &mut Vec<u16>) {
     codes.resize(n.next_multiple_of(8), 0);
     match bits {
         1 => unpack_bits::<1>(bytes, codes),
@@ -116,26 +171,18 @@ pub fn unpack(bytes: &[u8], n: usize, bits: u32, codes: &mut Vec<u16>) {
 /// [`unpack`] for a constant number of bits, eight codes at a time: they start
 /// and end at byte boundaries.
 fn unpack_bits<const BITS: usize>(bytes: &[u8], codes: &mut [u16]) {
-    let (eights, last) = bytes.as_chunks::<BITS>();
-    let (targets, _) = codes.as_chunks_mut::<8>();
-    let mut targets = targets.iter_mut();
-    let mut unpack_eight = |bytes: &[u8; BITS]| {
-        let Some(target) = targets.next() else {
-            return;
+    for (i, eight) in codes.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+        let rest = &bytes[i * BITS..];
+        let word = if let Some(bytes) = rest.first_chunk() {
+            u128::from_le_bytes(*bytes)
+        } else {
+            let mut bytes = [0; 16];
+            bytes[..rest.len()].copy_from_slice(rest);
+            u128::from_le_bytes(bytes)
         };
-        for (i, code) in target.iter_mut().enumerate() {
-            // A code lies within three bytes.
-            let (byte, bit) = (i * BITS / 8, i * BITS % 8);
-            let at = |i: usize| u32::from(bytes.get(byte + i).copied().unwrap_or(0));
-            let three = at(0) | at(1) << 8 | at(2) << 16;
-            *code = (three >> bit) as u16 & (u16::MAX >> (16 - BITS));
+        for (i, code) in eight.iter_mut().enumerate() {
+            *code = (word >> (i * BITS)) as u16 & (u16::MAX >> (16 - BITS));
         }
-    };
-    eights.iter().for_each(&mut unpack_eight);
-    if !last.is_empty() {
-        let mut padded = [0; BITS];
-        padded[..last.len()].copy_from_slice(last);
-        unpack_eight(&padded);
     }
 }
 
@@ -168,9 +215,11 @@ mod tests {
             prop_assert_eq!(bytes.len(), packed_len(codes.len(), bits));
             prop_assert!(check_packed("x", &bytes, codes.len(), bits).is_ok());
             // Longer or shorter than the result.
-            let mut unpacked = vec![1; 100];
-            unpack(&bytes, codes.len(), bits, &mut unpacked);
-            prop_assert_eq!(unpacked, codes);
+            let mut buffer = vec![1; 100];
+            let packed = Codes::Packed { bytes: &bytes, n: codes.len(), bits };
+            prop_assert_eq!(packed.all(&mut buffer), &codes);
+            let range = codes.len() / 3..codes.len() - codes.len() / 4;
+            prop_assert_eq!(packed.range(range.clone(), &mut buffer), &codes[range]);
         }
     }
 }

@@ -346,20 +346,19 @@ fn plan_action(
     let shape = network.shape(&node.inputs[0]);
     let (channels, pixels) = (shape[0], shape[1..].iter().product());
     let parameter = |suffix: &str| network.floats(&node.name, suffix);
-    let codes = network.codes(&node.name, codes);
     let weights = |pq: &Option<PqGeometry>| match *pq {
         None => Weights::Dense(parameter("weight").expect("checked by Network::new")),
         Some(geometry) => Weights::ProductQuantized {
             geometry,
             codebooks: parameter("codebooks").expect("checked by Network::new"),
-            codes: codes.expect("checked by Network::new"),
+            codes: network.codes(&node.name).expect("checked by Network::new"),
         },
     };
     Ok(match (&node.op, geometry) {
         (Op::Conv { .. }, Geometry::Conv(geometry, pq)) => {
             let layer = ConvLayer {
                 geometry,
-                weights: weights(pq),
+                weights: weights(pq).unpacked(codes),
                 bias: parameter("bias"),
             };
             Action::Kernel(conv_kernels(&layer, isa, precision)[0].build())

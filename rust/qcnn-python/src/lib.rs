@@ -275,7 +275,8 @@ impl PyNetwork {
                 floats.to_pyarray(py).into_any()
             } else {
                 let node = name.strip_suffix(".codes").unwrap_or(name);
-                let codes = self.network.codes(node, &mut buffer).unwrap_or_default();
+                let codes = self.network.codes(node);
+                let codes = codes.map_or_else(Default::default, |c| c.all(&mut buffer));
                 let spec = self.network.layout().tensors[name].codes;
                 if spec.is_some_and(|pq| pq.n_centroids <= 256) {
                     let narrow: Vec<u8> = codes.iter().map(|&c| c as u8).collect();

@@ -3,16 +3,18 @@
 use std::arch::x86_64::{
     __m128i, __m256, __m256i, _CMP_UNORD_Q, _MM_HINT_T0, _mm_cvtsi32_si128, _mm_loadu_si128,
     _mm_prefetch, _mm256_add_epi16, _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256,
-    _mm256_blend_epi16, _mm256_blendv_epi8, _mm256_blendv_ps, _mm256_broadcastsi128_si256,
-    _mm256_castpd_ps, _mm256_castps_pd, _mm256_castsi256_si128, _mm256_cmp_ps, _mm256_cmpgt_epi32,
-    _mm256_cvtepi16_epi32, _mm256_cvtepi32_ps, _mm256_cvtps_epi32, _mm256_extracti128_si256,
-    _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maskload_ps,
+    _mm256_andnot_si256, _mm256_blend_epi16, _mm256_blendv_epi8, _mm256_blendv_ps,
+    _mm256_broadcastsi128_si256, _mm256_castpd_ps, _mm256_castps_pd, _mm256_castsi256_ps,
+    _mm256_castsi256_si128, _mm256_cmp_ps, _mm256_cmpgt_epi32, _mm256_cvtepi16_epi32,
+    _mm256_cvtepi32_ps, _mm256_cvtps_epi32, _mm256_extracti128_si256, _mm256_fmadd_ps,
+    _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maskload_ps,
     _mm256_maskstore_ps, _mm256_max_ps, _mm256_mul_ps, _mm256_mullo_epi16, _mm256_or_si256,
     _mm256_packs_epi32, _mm256_permute2x128_si256, _mm256_permute4x64_epi64, _mm256_permute4x64_pd,
-    _mm256_permutevar8x32_epi32, _mm256_rsqrt_ps, _mm256_set1_epi16, _mm256_set1_epi32,
-    _mm256_set1_ps, _mm256_setr_epi32, _mm256_setzero_si256, _mm256_shuffle_epi8,
-    _mm256_shuffle_ps, _mm256_slli_epi16, _mm256_slli_epi32, _mm256_srl_epi16, _mm256_srli_epi32,
-    _mm256_storeu_ps, _mm256_storeu_si256, _mm256_unpackhi_epi32, _mm256_unpacklo_epi32,
+    _mm256_permutevar8x32_epi32, _mm256_permutevar8x32_ps, _mm256_rsqrt_ps, _mm256_set1_epi16,
+    _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi32, _mm256_setzero_si256,
+    _mm256_shuffle_epi8, _mm256_shuffle_ps, _mm256_slli_epi16, _mm256_slli_epi32, _mm256_srl_epi16,
+    _mm256_srl_epi32, _mm256_srli_epi32, _mm256_storeu_ps, _mm256_storeu_si256,
+    _mm256_unpackhi_epi32, _mm256_unpacklo_epi32,
 };
 
 use super::{Simd, Task};
@@ -26,6 +28,7 @@ impl Simd for Avx2 {
     const LANES: usize = 8;
     const REGISTERS: usize = 16;
     const LOOK_UP_CYCLES: [f64; 3] = [2.9, 4.7, 8.6];
+    const LOOK_UP_F32_CYCLES: [f64; 3] = [2.0, 3.8, 7.5];
     type F32 = __m256;
     type I16 = __m256i;
     type I32 = __m256i;
@@ -124,6 +127,56 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn load_range(self, source: *const f32, begin: usize, end: usize) -> __m256 {
+        // SAFETY: `self` proves AVX2; the caller vouches for the values of the
+        // range, and masked lanes are not read.
+        unsafe {
+            let others = first_lanes(self, begin);
+            let mask = _mm256_andnot_si256(others, first_lanes(self, end));
+            _mm256_maskload_ps(source, mask)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_range(self, target: *mut f32, vector: __m256, begin: usize, end: usize) {
+        // Masked stores are slow on CPUs of AMD.
+        let mut lanes = [0.0f32; 8];
+        // SAFETY: `lanes` holds a vector; the caller vouches for the values of
+        // the range, and that it lies within a vector.
+        unsafe {
+            if end - begin == Self::LANES {
+                self.store(target, vector);
+            } else {
+                self.store(lanes.as_mut_ptr(), vector);
+                let target = target.wrapping_add(begin);
+                target.copy_from_nonoverlapping(lanes.as_ptr().add(begin), end - begin);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn shift(self, vector: __m256, distance: usize) -> __m256 {
+        // SAFETY: `self` proves AVX2. Of each index only the lowest 3 bits count.
+        unsafe {
+            let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+            let index = _mm256_add_epi32(lanes, _mm256_set1_epi32(distance as i32));
+            _mm256_permutevar8x32_ps(vector, index)
+        }
+    }
+
+    #[inline(always)]
+    fn shift_pair(self, pair: [__m256; 2], distance: usize) -> __m256 {
+        // Both turned around; the first lanes are those of the first vector.
+        let first = self.shift(pair[0], distance);
+        let second = self.shift(pair[1], distance);
+        // SAFETY: `self` proves AVX2.
+        unsafe {
+            let mask = first_lanes(self, Self::LANES - distance);
+            _mm256_blendv_ps(second, first, _mm256_castsi256_ps(mask))
+        }
+    }
+
+    #[inline(always)]
     fn zero_i16(self) -> __m256i {
         // SAFETY: `self` proves AVX, which AVX2 includes.
         unsafe { _mm256_setzero_si256() }
@@ -176,6 +229,18 @@ impl Simd for Avx2 {
     fn splat_i32(self, value: i32) -> __m256i {
         // SAFETY: `self` proves AVX, which AVX2 includes.
         unsafe { _mm256_set1_epi32(value) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_i32(self, source: *const i32) -> __m256i {
+        // SAFETY: `self` proves AVX2; the caller vouches for 8 readable values.
+        unsafe { _mm256_loadu_si256(source.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_i32(self, target: *mut i32, vector: __m256i) {
+        // SAFETY: `self` proves AVX2; the caller vouches for 8 writable values.
+        unsafe { _mm256_storeu_si256(target.cast(), vector) }
     }
 
     #[inline(always)]
@@ -263,6 +328,35 @@ impl Simd for Avx2 {
                     _mm256_blendv_epi8(c, d, by_bit_5),
                     by_bit_6,
                 ),
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn shift_right_i32<const BITS: u32>(self, vector: __m256i) -> __m256i {
+        // SAFETY: `self` proves AVX2.
+        unsafe { _mm256_srl_epi32(vector, _mm_cvtsi32_si128(BITS as i32)) }
+    }
+
+    #[inline(always)]
+    unsafe fn look_up_f32<const BITS: u32>(self, entries: *const f32, indices: __m256i) -> __m256 {
+        // SAFETY: `self` proves AVX2; the caller vouches for 2^BITS entries.
+        unsafe {
+            // A permutation sees the lowest 3 bits and takes from 8 entries; the
+            // bits above them choose between permutations. A blend sees the
+            // highest bit.
+            let by_bit_3 = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(indices));
+            let by_bit_4 = _mm256_castsi256_ps(_mm256_slli_epi32::<27>(indices));
+            let by_bit_5 = _mm256_castsi256_ps(_mm256_slli_epi32::<26>(indices));
+            let eight =
+                |i: usize| _mm256_permutevar8x32_ps(_mm256_loadu_ps(entries.add(8 * i)), indices);
+            let sixteen = |i: usize| _mm256_blendv_ps(eight(2 * i), eight(2 * i + 1), by_bit_3);
+            let thirty_two =
+                |i: usize| _mm256_blendv_ps(sixteen(2 * i), sixteen(2 * i + 1), by_bit_4);
+            match BITS {
+                4 => sixteen(0),
+                5 => thirty_two(0),
+                _ => _mm256_blendv_ps(thirty_two(0), thirty_two(1), by_bit_5),
             }
         }
     }

@@ -6,11 +6,12 @@ use std::arch::x86_64::{
     _mm512_cmp_ps_mask, _mm512_cvtepi16_epi32, _mm512_cvtepi32_ps, _mm512_cvtps_epi32,
     _mm512_cvtsepi32_epi16, _mm512_dpwssd_epi32, _mm512_extracti64x4_epi64, _mm512_fmadd_ps,
     _mm512_inserti64x4, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_madd_epi16,
-    _mm512_mask_blend_epi16, _mm512_mask_max_ps, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps,
-    _mm512_mul_ps, _mm512_permutex2var_epi16, _mm512_permutex2var_epi32, _mm512_permutex2var_ps,
-    _mm512_permutexvar_epi16, _mm512_rsqrt14_ps, _mm512_set1_epi16, _mm512_set1_epi32,
-    _mm512_set1_ps, _mm512_setr_epi32, _mm512_setzero_si512, _mm512_slli_epi32, _mm512_srli_epi16,
-    _mm512_srli_epi32, _mm512_storeu_ps, _mm512_storeu_si512,
+    _mm512_mask_blend_epi16, _mm512_mask_blend_ps, _mm512_mask_max_ps, _mm512_mask_storeu_ps,
+    _mm512_maskz_loadu_ps, _mm512_mul_ps, _mm512_permutex2var_epi16, _mm512_permutex2var_epi32,
+    _mm512_permutex2var_ps, _mm512_permutexvar_epi16, _mm512_permutexvar_ps, _mm512_rsqrt14_ps,
+    _mm512_set1_epi16, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setr_epi32, _mm512_setzero_si512,
+    _mm512_slli_epi32, _mm512_srli_epi16, _mm512_srli_epi32, _mm512_storeu_ps, _mm512_storeu_si512,
+    _mm512_test_epi32_mask,
 };
 
 use super::{Simd, Task};
@@ -29,6 +30,7 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     const LANES: usize = 16;
     const REGISTERS: usize = 32;
     const LOOK_UP_CYCLES: [f64; 3] = [2.0, 2.0, 2.2];
+    const LOOK_UP_F32_CYCLES: [f64; 3] = [2.5, 2.7, 3.6];
     type F32 = __m512;
     type I16 = __m512i;
     type I32 = __m512i;
@@ -147,6 +149,44 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     }
 
     #[inline(always)]
+    unsafe fn load_range(self, source: *const f32, begin: usize, end: usize) -> __m512 {
+        // SAFETY: `self` proves AVX-512 F; the caller vouches for the values of
+        // the range, and masked lanes are not read.
+        unsafe { _mm512_maskz_loadu_ps(first_lanes(end) & !first_lanes(begin), source) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_range(self, target: *mut f32, vector: __m512, begin: usize, end: usize) {
+        // SAFETY: `self` proves AVX-512 F; the caller vouches for the values of
+        // the range, and masked lanes are not written.
+        unsafe {
+            _mm512_mask_storeu_ps(target, first_lanes(end) & !first_lanes(begin), vector);
+        }
+    }
+
+    #[inline(always)]
+    fn shift(self, vector: __m512, distance: usize) -> __m512 {
+        // SAFETY: `self` proves AVX-512 F. Of each index only the lowest 4 bits
+        // count.
+        unsafe {
+            let lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+            let index = _mm512_add_epi32(lanes, _mm512_set1_epi32(distance as i32));
+            _mm512_permutexvar_ps(index, vector)
+        }
+    }
+
+    #[inline(always)]
+    fn shift_pair(self, pair: [__m512; 2], distance: usize) -> __m512 {
+        // SAFETY: `self` proves AVX-512 F. Of each index only the lowest 5 bits
+        // count.
+        unsafe {
+            let lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+            let index = _mm512_add_epi32(lanes, _mm512_set1_epi32(distance as i32));
+            _mm512_permutex2var_ps(pair[0], index, pair[1])
+        }
+    }
+
+    #[inline(always)]
     fn zero_i16(self) -> __m512i {
         // SAFETY: `self` proves AVX-512 F.
         unsafe { _mm512_setzero_si512() }
@@ -199,6 +239,18 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     fn splat_i32(self, value: i32) -> __m512i {
         // SAFETY: `self` proves AVX-512 F.
         unsafe { _mm512_set1_epi32(value) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_i32(self, source: *const i32) -> __m512i {
+        // SAFETY: `self` proves AVX-512 F; the caller vouches for 16 readable values.
+        unsafe { _mm512_loadu_si512(source.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_i32(self, target: *mut i32, vector: __m512i) {
+        // SAFETY: `self` proves AVX-512 F; the caller vouches for 16 writable values.
+        unsafe { _mm512_storeu_si512(target.cast(), vector) }
     }
 
     #[inline(always)]
@@ -260,6 +312,32 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
                 _mm512_permutex2var_epi16(lower, indices, upper)
             } else {
                 _mm512_permutexvar_epi16(indices, lower)
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn shift_right_i32<const BITS: u32>(self, vector: __m512i) -> __m512i {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe { _mm512_srli_epi32::<BITS>(vector) }
+    }
+
+    #[inline(always)]
+    unsafe fn look_up_f32<const BITS: u32>(self, entries: *const f32, indices: __m512i) -> __m512 {
+        // SAFETY: `self` proves AVX-512 F; the caller vouches for 2^BITS
+        // entries. Permutations ignore bits that choose among more entries than
+        // they have.
+        unsafe {
+            let sixteen = |i: usize| _mm512_loadu_ps(entries.add(16 * i));
+            match BITS {
+                4 => _mm512_permutexvar_ps(indices, sixteen(0)),
+                5 => _mm512_permutex2var_ps(sixteen(0), indices, sixteen(1)),
+                _ => {
+                    let lower = _mm512_permutex2var_ps(sixteen(0), indices, sixteen(1));
+                    let upper = _mm512_permutex2var_ps(sixteen(2), indices, sixteen(3));
+                    let is_upper = _mm512_test_epi32_mask(indices, _mm512_set1_epi32(32));
+                    _mm512_mask_blend_ps(is_upper, lower, upper)
+                }
             }
         }
     }

@@ -15,6 +15,7 @@ impl<const N: usize> Simd for Portable<N> {
     const LANES: usize = N;
     const REGISTERS: usize = 16;
     const LOOK_UP_CYCLES: [f64; 3] = [12.0 * N as f64; 3];
+    const LOOK_UP_F32_CYCLES: [f64; 3] = [6.0 * N as f64; 3];
     type F32 = [f32; N];
     /// The lower and the upper half.
     type I16 = [[i16; N]; 2];
@@ -105,6 +106,36 @@ impl<const N: usize> Simd for Portable<N> {
     }
 
     #[inline(always)]
+    unsafe fn load_range(self, source: *const f32, begin: usize, end: usize) -> [f32; N] {
+        std::array::from_fn(|i| {
+            if (begin..end).contains(&i) {
+                // SAFETY: the caller vouches for the values of the range.
+                unsafe { source.wrapping_add(i).read() }
+            } else {
+                0.0
+            }
+        })
+    }
+
+    #[inline(always)]
+    unsafe fn store_range(self, target: *mut f32, vector: [f32; N], begin: usize, end: usize) {
+        for (i, lane) in vector.iter().enumerate().take(end).skip(begin) {
+            // SAFETY: the caller vouches for the values of the range.
+            unsafe { target.wrapping_add(i).write(*lane) };
+        }
+    }
+
+    #[inline(always)]
+    fn shift(self, vector: [f32; N], distance: usize) -> [f32; N] {
+        std::array::from_fn(|i| vector[(i + distance) % N])
+    }
+
+    #[inline(always)]
+    fn shift_pair(self, pair: [[f32; N]; 2], distance: usize) -> [f32; N] {
+        std::array::from_fn(|i| pair[(i + distance) / N][(i + distance) % N])
+    }
+
+    #[inline(always)]
     fn zero_i16(self) -> [[i16; N]; 2] {
         [[0; N]; 2]
     }
@@ -149,6 +180,18 @@ impl<const N: usize> Simd for Portable<N> {
     #[inline(always)]
     fn splat_i32(self, value: i32) -> [i32; N] {
         [value; N]
+    }
+
+    #[inline(always)]
+    unsafe fn load_i32(self, source: *const i32) -> [i32; N] {
+        // SAFETY: the caller vouches for N readable values.
+        unsafe { source.cast::<[i32; N]>().read_unaligned() }
+    }
+
+    #[inline(always)]
+    unsafe fn store_i32(self, target: *mut i32, vector: [i32; N]) {
+        // SAFETY: the caller vouches for N writable values.
+        unsafe { target.cast::<[i32; N]>().write_unaligned(vector) }
     }
 
     #[inline(always)]
@@ -204,6 +247,23 @@ impl<const N: usize> Simd for Portable<N> {
         // entries.
         let entry = |index: i16| unsafe { *entries.add(usize::from(index.cast_unsigned()) & mask) };
         std::array::from_fn(|half| std::array::from_fn(|i| entry(indices[half][i])))
+    }
+
+    #[inline(always)]
+    fn shift_right_i32<const BITS: u32>(self, vector: [i32; N]) -> [i32; N] {
+        vector.map(|x| (x.cast_unsigned() >> BITS).cast_signed())
+    }
+
+    #[inline(always)]
+    unsafe fn look_up_f32<const BITS: u32>(
+        self,
+        entries: *const f32,
+        indices: [i32; N],
+    ) -> [f32; N] {
+        let mask = (1usize << BITS) - 1;
+        // SAFETY: the index is below 2^BITS; the caller vouches for as many
+        // entries.
+        indices.map(|index| unsafe { *entries.add(index.cast_unsigned() as usize & mask) })
     }
 
     #[inline(always)]

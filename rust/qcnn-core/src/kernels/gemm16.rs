@@ -193,7 +193,7 @@ impl<S: Simd> Kernel for Gemm16Conv<S> {
             let plane = &mut plane[..self.planes.len()];
             let channels = input.chunks_exact(g.in_pixels());
             for (channel, target) in channels.zip(planes.chunks_exact_mut(self.planes.len())) {
-                self.planes.fill(g, [0, 0], channel, plane);
+                self.planes.fill(self.simd, g, [0, 0], channel, plane);
                 self.simd.call(Round {
                     plane,
                     scale,
@@ -264,17 +264,21 @@ impl Task for Peak<'_> {
     type Output = f32;
 
     #[inline(always)]
-    fn run<S: Simd>(self, _: S) -> f32 {
-        let mut peaks = [0.0f32; 16];
-        // 0, or NaN if there is infinity or NaN.
-        let mut invalid = [0.0f32; 16];
-        for chunk in self.0.chunks(16) {
-            for ((x, peak), invalid) in chunk.iter().zip(&mut peaks).zip(&mut invalid) {
-                *peak = if x.abs() > *peak { x.abs() } else { *peak };
-                *invalid += x * 0.0;
+    fn run<S: Simd>(self, simd: S) -> f32 {
+        let minus = simd.splat(-1.0);
+        // Two chains, as maxima take their time.
+        let mut peaks = [simd.splat(0.0); 2];
+        for pair in self.0.chunks(2 * S::LANES) {
+            for (peak, values) in peaks.iter_mut().zip(pair.chunks(S::LANES)) {
+                let x = simd.load_first(values);
+                *peak = simd.max(*peak, simd.max(x, simd.mul(x, minus)));
             }
         }
-        peaks.into_iter().fold(0.0, f32::max) + invalid.into_iter().sum::<f32>()
+        let mut lanes = [0.0f32; MAX_LANES];
+        simd.store_first(&mut lanes, simd.max(peaks[0], peaks[1]));
+        lanes
+            .into_iter()
+            .fold(0.0, |a, b| if b > a || b.is_nan() { b } else { a })
     }
 }
 
@@ -434,6 +438,9 @@ impl<const R: usize> Task for Rows<'_, R> {
         }
     }
 }
+
+/// Most float32 lanes of a vector on any level.
+const MAX_LANES: usize = 16;
 
 /// Most columns of a panel on any level.
 const MAX_PANEL_COLUMNS: usize = 32;

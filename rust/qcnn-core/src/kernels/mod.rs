@@ -10,6 +10,7 @@
 //! An image's response does not depend on the batch it comes in: every kernel
 //! sums in the same order for one image and for many.
 
+mod entry;
 mod gemm16;
 mod permute;
 mod pixels;
@@ -27,11 +28,12 @@ use crate::graph::PqGeometry;
 use crate::isa::{Isa, Simd, Task};
 use crate::ops::conv::{DirectConv, GemmConv};
 use crate::ops::fc::GemmFc;
+use crate::pack::Codes;
 use crate::precision::Precision;
 use gemm16::Gemm16Conv;
 use permute::PermuteFc;
 use pixels::PixelsConv;
-use rows::RowsConv;
+use rows::{Float, RowsConv, Short};
 use words::WordsFc;
 
 /// A layer, ready to run.
@@ -57,7 +59,7 @@ pub trait Kernel: Debug + Send + Sync {
 
 /// Weights of a layer as the network stores them.
 #[derive(Clone, Copy, Debug)]
-pub enum Weights<'a> {
+pub enum Weights<'a, C = &'a [u16]> {
     /// `(outputs, channels per group, taps)`.
     Dense(&'a [f32]),
     /// Codebooks and codes.
@@ -67,8 +69,29 @@ pub enum Weights<'a> {
         /// `(groups or 1, M, K, C')`.
         codebooks: &'a [f32],
         /// `(outputs, taps, M)`, each below `K`.
-        codes: &'a [u16],
+        codes: C,
     },
+}
+
+impl<'a> Weights<'a, Codes<'a>> {
+    /// With codes unpacked, to `buffer` if necessary.
+    pub fn unpacked<'b>(self, buffer: &'b mut Vec<u16>) -> Weights<'b>
+    where
+        'a: 'b,
+    {
+        match self {
+            Self::Dense(weight) => Weights::Dense(weight),
+            Self::ProductQuantized {
+                geometry,
+                codebooks,
+                codes,
+            } => Weights::ProductQuantized {
+                geometry,
+                codebooks,
+                codes: codes.all(buffer),
+            },
+        }
+    }
 }
 
 /// A convolution to make a kernel of.
@@ -89,8 +112,9 @@ pub struct FcLayer<'a> {
     pub in_features: usize,
     /// Length of the output.
     pub out_features: usize,
-    /// Weights, with a single tap.
-    pub weights: Weights<'a>,
+    /// Weights, with a single tap. There are many: kernels may unpack the codes
+    /// of some outputs at a time.
+    pub weights: Weights<'a, Codes<'a>>,
     /// One value per output.
     pub bias: Option<&'a [f32]>,
 }
@@ -198,10 +222,12 @@ fn conv_kernels_of<'a, S: Simd>(
     precision: Precision,
 ) -> Vec<Candidate<'a>> {
     let fast = [
-        RowsConv::candidate(simd, layer),
+        RowsConv::<_, Short>::candidate(simd, layer),
         Gemm16Conv::candidate(simd, layer),
     ];
     let exact = [
+        RowsConv::<_, Float<1>>::candidate(simd, layer),
+        RowsConv::<_, Float<2>>::candidate(simd, layer),
         PixelsConv::candidate(simd, layer),
         DirectConv::candidate(simd, layer),
         Some(GemmConv::candidate(simd, layer)),
@@ -242,8 +268,9 @@ fn fc_kernels_of<'a, S: Simd>(
     simd: S,
     precision: Precision,
 ) -> Vec<Candidate<'a>> {
-    let fast = [PermuteFc::candidate(simd, layer)];
+    let fast = [PermuteFc::<S, i16>::candidate(simd, layer)];
     let exact = [
+        PermuteFc::<S, f32>::candidate(simd, layer),
         WordsFc::candidate(simd, layer),
         Some(GemmFc::candidate(simd, layer)),
     ];

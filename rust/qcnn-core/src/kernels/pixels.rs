@@ -429,7 +429,7 @@ impl<S: Simd> PixelsConv<S> {
                 for (c, plane) in channels.zip(planes.chunks_exact_mut(self.row_len)) {
                     let channel = &input[c * g.in_pixels()..(c + 1) * g.in_pixels()];
                     let (pixels, padding) = plane.split_at_mut(self.planes.len());
-                    self.planes.fill(g, origin, channel, pixels);
+                    self.planes.fill(self.simd, g, origin, channel, pixels);
                     padding.fill(0.0);
                 }
                 let table = &mut table[(m - first) * pq.n_centroids * self.row_len..];

@@ -13,6 +13,7 @@
 //! `k * dilation / stride`, again for neighbouring outputs neighbouring pixels.
 
 use crate::geometry::ConvGeometry;
+use crate::isa::{Simd, Task};
 
 /// Layout of the planes for tiles of a fixed extent.
 #[derive(Clone, Debug)]
@@ -104,11 +105,6 @@ impl Planes {
         (tile[0] - 1) * self.width + tile[1]
     }
 
-    /// Rows of each phase.
-    pub(crate) fn height(&self) -> usize {
-        self.height
-    }
-
     /// Whether a channel of the input is already what [`fill`](Self::fill)
     /// would make of it for the whole map.
     pub(crate) fn is_identity(&self, geometry: &ConvGeometry) -> bool {
@@ -117,52 +113,68 @@ impl Planes {
             && [self.height, self.width] == geometry.in_size
     }
 
-    /// Phase, row and column within the phase that tap `i` reads for output
-    /// (0, 0).
-    pub(crate) fn tap(&self, i: usize) -> [usize; 3] {
-        let (row, x) = (self.taps[i] / self.width, self.taps[i] % self.width);
-        [row / self.height, row % self.height, x]
-    }
-
     /// Copy from `channel` what the tile whose first output is `origin` reads
     /// to `plane`. What lies outside of the input becomes zero.
-    pub(crate) fn fill(
+    pub(crate) fn fill<S: Simd>(
         &self,
+        simd: S,
         geometry: &ConvGeometry,
         origin: [usize; 2],
         channel: &[f32],
         plane: &mut [f32],
     ) {
-        self.fill_rows(geometry, origin, channel, plane, self.width);
+        simd.call(Fill {
+            planes: self,
+            geometry,
+            origin,
+            channel,
+            plane,
+        });
     }
+}
 
-    /// As [`fill`](Self::fill), with the rows of the plane at distance `pitch`.
-    pub(crate) fn fill_rows(
-        &self,
-        geometry: &ConvGeometry,
-        origin: [usize; 2],
-        channel: &[f32],
-        plane: &mut [f32],
-        pitch: usize,
-    ) {
+/// [`Planes::fill`]
+struct Fill<'a> {
+    planes: &'a Planes,
+    geometry: &'a ConvGeometry,
+    origin: [usize; 2],
+    channel: &'a [f32],
+    plane: &'a mut [f32],
+}
+
+impl Task for Fill<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self {
+            planes:
+                &Planes {
+                    ref phases,
+                    height,
+                    width,
+                    ..
+                },
+            geometry,
+            origin,
+            channel,
+            plane,
+        } = self;
         let [in_height, in_width] = geometry.in_size;
         let stride = geometry.stride;
-        let mut rows = plane.chunks_mut(pitch).map(|row| &mut row[..self.width]);
-        for &[phase_y, phase_x] in &self.phases {
+        let mut rows = plane.chunks_exact_mut(width);
+        for &[phase_y, phase_x] in phases {
             // Columns of the plane that lie in the input: the first pixel of
             // column x is x * stride + first, counted from the input's left edge
             // plus the padding.
             let first = origin[1] * stride[1] + phase_x;
             let left = geometry.padding.left;
-            let begin = left
-                .saturating_sub(first)
-                .div_ceil(stride[1])
-                .min(self.width);
+            let begin = left.saturating_sub(first).div_ceil(stride[1]).min(width);
             let end = (left + in_width)
                 .saturating_sub(first)
                 .div_ceil(stride[1])
-                .clamp(begin, self.width);
-            for (y, row) in rows.by_ref().take(self.height).enumerate() {
+                .clamp(begin, width);
+            for (y, row) in rows.by_ref().take(height).enumerate() {
                 let padded_y = (origin[0] + y) * stride[0] + phase_y;
                 let in_y = padded_y.wrapping_sub(geometry.padding.top);
                 if in_y >= in_height || begin == end {
@@ -173,15 +185,38 @@ impl Planes {
                 row[end..].fill(0.0);
                 let source = &channel[in_y * in_width..(in_y + 1) * in_width];
                 let source = &source[begin * stride[1] + first - left..];
-                let target = &mut row[begin..end];
-                if stride[1] == 1 {
-                    target.copy_from_slice(&source[..end - begin]);
-                } else {
-                    for (t, s) in target.iter_mut().zip(source.iter().step_by(stride[1])) {
-                        *t = *s;
-                    }
-                }
+                every(simd, stride[1], source, &mut row[begin..end]);
             }
         }
+    }
+}
+
+/// Copy every `stride`-th value of `source`, as many as `target` has room for.
+#[inline(always)]
+pub(super) fn every<S: Simd>(simd: S, stride: usize, source: &[f32], target: &mut [f32]) {
+    if stride == 1 {
+        target.copy_from_slice(&source[..target.len()]);
+        return;
+    }
+    let mut done = 0;
+    // In whole vectors for the strides that networks have.
+    if stride == 2 || stride == 4 {
+        while target.len() - done >= S::LANES && source.len() >= (done + S::LANES) * stride {
+            let source = &source[done * stride..][..S::LANES * stride];
+            let mut vectors = [simd.splat(0.0); 4];
+            for (vector, source) in vectors.iter_mut().zip(source.chunks_exact(S::LANES)) {
+                *vector = simd.load_first(source);
+            }
+            let mut even = simd.even(vectors[0], vectors[1]);
+            if stride == 4 {
+                even = simd.even(even, simd.even(vectors[2], vectors[3]));
+            }
+            simd.store_first(&mut target[done..][..S::LANES], even);
+            done += S::LANES;
+        }
+    }
+    let pixels = source[done * stride..].iter().step_by(stride);
+    for (target, pixel) in target[done..].iter_mut().zip(pixels) {
+        *target = *pixel;
     }
 }

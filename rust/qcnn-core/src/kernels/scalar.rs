@@ -67,7 +67,12 @@ impl FcLayer<'_> {
             group_outputs: self.out_features,
             taps: 1,
         };
-        decode(&self.weights, extents, self.out_features)
+        let mut buffer = Vec::new();
+        decode(
+            &self.weights.unpacked(&mut buffer),
+            extents,
+            self.out_features,
+        )
     }
 }
 

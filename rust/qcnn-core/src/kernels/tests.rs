@@ -2,12 +2,13 @@
 
 use proptest::prelude::*;
 
-use super::permute::chunk_len;
+use super::entry::Entry;
 use super::{Candidate, ConvLayer, FcLayer, Kernel, Weights, scalar};
 use super::{conv_kernels, conv_kernels_of, fc_kernels, fc_kernels_of};
 use crate::geometry::ConvGeometry;
 use crate::graph::PqGeometry;
 use crate::isa::{Isa, Portable, Simd};
+use crate::pack::{Codes, pack};
 use crate::precision::Precision;
 
 /// Numbers that look random, the same on every run.
@@ -93,13 +94,35 @@ impl Parameters {
         }
     }
 
-    fn weights(&self) -> Weights<'_> {
+    fn weights<'a, C: From<&'a [u16]>>(&'a self) -> Weights<'a, C> {
         match self.geometry {
             None => Weights::Dense(&self.floats),
             Some(geometry) => Weights::ProductQuantized {
                 geometry,
                 codebooks: &self.floats,
-                codes: &self.codes,
+                codes: C::from(&self.codes),
+            },
+        }
+    }
+
+    /// The codes as a file holds them.
+    fn packed(&self) -> Vec<u8> {
+        let bits = self.geometry.map_or(1, |pq| pq.code_bits());
+        pack(&self.codes, bits)
+    }
+
+    /// With codes that are [`packed`](Self::packed).
+    fn packed_weights<'a>(&'a self, bytes: &'a [u8]) -> Weights<'a, Codes<'a>> {
+        match self.geometry {
+            None => Weights::Dense(&self.floats),
+            Some(geometry) => Weights::ProductQuantized {
+                geometry,
+                codebooks: &self.floats,
+                codes: Codes::Packed {
+                    bytes,
+                    n: self.codes.len(),
+                    bits: geometry.code_bits(),
+                },
             },
         }
     }
@@ -323,10 +346,11 @@ impl FcCase {
         let extents = [self.outputs, self.inputs, 1, 1];
         let parameters = Parameters::new(&mut random, extents, self.pq, self.bias);
         let input = random.floats(self.n * self.inputs);
+        let packed = parameters.packed();
         let layer = FcLayer {
             in_features: self.inputs,
             out_features: self.outputs,
-            weights: parameters.weights(),
+            weights: parameters.packed_weights(&packed),
             bias: parameters.bias.as_deref(),
         };
         let expected = Expected::new(
@@ -497,7 +521,15 @@ fn conv_strides_dilations_groups() {
             ([1, 1], [2, 2], [1, 1], 2),
             ([2, 2], [5, 4], [1, 1], 1),
             ([11, 11], [4, 4], [1, 1], 1),
+            ([11, 10], [4, 4], [1, 1], 3),
             ([5, 1], [1, 3], [2, 1], 3),
+            // More taps than are summed in 16 bits, and more columns than fit the
+            // registers of one sum.
+            ([7, 7], [1, 1], [1, 1], 2),
+            ([9, 5], [1, 1], [1, 1], 1),
+            ([7, 7], [2, 1], [2, 2], 1),
+            ([2, 9], [1, 1], [1, 1], 1),
+            ([3, 3], [1, 1], [1, 6], 1),
         ] {
             let case = ConvCase {
                 n: 3,
@@ -605,9 +637,9 @@ fn fc_blocks() {
     // More outputs and subspaces than one block of any kernel holds.
     let mut failures = Vec::new();
     for pq in [pq(16, 1), pq(32, 4), pq(64, 2)] {
-        for (inputs, outputs) in [(101, 513), (211, 385), (450, 1100)] {
+        for (n, inputs, outputs) in [(3, 101, 513), (37, 211, 385), (8, 450, 1100)] {
             let case = FcCase {
-                n: 3,
+                n,
                 inputs,
                 outputs,
                 bias: true,
@@ -695,7 +727,7 @@ fn fc_16_bit_errors_are_bounded() {
             // In every chunk, half a step of rounding for each of its terms. On
             // top, twice as much as the scale leaves room for, and the float32
             // sum of chunks.
-            let len = chunk_len(dim);
+            let len = i16::chunk_len(dim);
             let bound: f64 = (0..inputs)
                 .step_by(len * dim)
                 .map(|first| {

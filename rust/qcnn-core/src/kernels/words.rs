@@ -16,6 +16,7 @@ use super::tile::{store_tile, tile};
 use super::{Candidate, FcLayer, Kernel, Weights};
 use crate::graph::PqGeometry;
 use crate::isa::{Simd, Task};
+use crate::pack::Codes;
 
 /// Words of an output in a block.
 const WORDS: usize = 4;
@@ -95,7 +96,7 @@ impl<S: Simd> WordsFc<S> {
     fn new(
         simd: S,
         layer: &FcLayer<'_>,
-        (pq, codebooks, codes): (PqGeometry, &[f32], &[u16]),
+        (pq, codebooks, codes): (PqGeometry, &[f32], Codes<'_>),
         word_codes: usize,
         table_len: usize,
     ) -> Self {
@@ -111,7 +112,13 @@ impl<S: Simd> WordsFc<S> {
             table_len,
             shift,
             codebooks: transpose_codebooks(pq, codebooks, table_len),
-            words: pack_words(pq, codes, layer.out_features, word_codes, shift),
+            words: pack_words(
+                pq,
+                codes.all(&mut Vec::new()),
+                layer.out_features,
+                word_codes,
+                shift,
+            ),
             bias: layer.bias_or_zeros(),
         }
     }
@@ -300,7 +307,7 @@ fn transpose_in(images: &[f32], len: usize, lanes: &mut [f32], n_lanes: usize) {
 }
 
 /// The inverse of [`transpose_in`].
-fn transpose_out(lanes: &[f32], n_lanes: usize, images: &mut [f32], len: usize) {
+pub(super) fn transpose_out(lanes: &[f32], n_lanes: usize, images: &mut [f32], len: usize) {
     for (lane, image) in images.chunks_exact_mut(len).enumerate() {
         for (y, source) in image.iter_mut().zip(lanes[lane..].iter().step_by(n_lanes)) {
             *y = *source;

@@ -66,7 +66,7 @@ impl<S: Simd> GemmConv<S> {
         let outputs = g.group_out_channels().next_multiple_of(tile_rows::<S>());
         let vectors = g.out_pixels().next_multiple_of(Self::COLUMNS) / S::LANES;
         // Multiplying one vector, packing one.
-        let cycles = 1.05 * vector_cycles::<S>() * outputs as f64 + 1.5;
+        let cycles = 1.25 * vector_cycles::<S>() * outputs as f64 + 4.0;
         let cycles = (g.groups * depth * vectors) as f64 * cycles;
         Candidate::new(cycles, move || Self::new(simd, layer))
     }
@@ -154,7 +154,7 @@ impl<S: Simd> Kernel for GemmConv<S> {
             } else {
                 let channels = input.chunks_exact(g.in_pixels());
                 for (channel, plane) in channels.zip(planes.chunks_exact_mut(self.planes.len())) {
-                    self.planes.fill(g, [0, 0], channel, plane);
+                    self.planes.fill(self.simd, g, [0, 0], channel, plane);
                 }
                 self.group(i % g.groups, planes, packed, output);
             }
@@ -464,7 +464,7 @@ impl<S: Simd> Kernel for DirectConv<S> {
         for (i, (input, output)) in images.zip(output.chunks_exact_mut(group_out)).enumerate() {
             let mut filled = planes.chunks_exact_mut(self.planes.len());
             for (channel, plane) in input.chunks_exact(g.in_pixels()).zip(&mut filled) {
-                self.planes.fill(g, [0, 0], channel, plane);
+                self.planes.fill(self.simd, g, [0, 0], channel, plane);
             }
             planes[g.group_in_channels() * self.planes.len()..].fill(0.0);
             let group = i % g.groups;

@@ -30,10 +30,11 @@ impl Lrn {
     }
 
     /// Elements of scratch that [`run`](Self::run) needs: the squares of a
-    /// window and their sum.
+    /// window, their sums over pixels, and what is raised to the power.
     pub fn scratch_len(&self, channels: usize) -> usize {
         let [below, above] = self.reach(channels);
-        (below + 1 + above + 1) * BLOCK
+        let n_rows = below + 1 + above;
+        n_rows * BLOCK + n_rows + BLOCK
     }
 
     /// Factor of the sum of squares.
@@ -49,13 +50,17 @@ impl Lrn {
         data: &mut [f32],
         scratch: &mut [f32],
     ) {
-        let (bases, squares) = scratch[..self.scratch_len(channels)].split_at_mut(BLOCK);
+        let [below, above] = self.reach(channels);
+        let n_rows = below + 1 + above;
+        let (squares, rest) = scratch.split_at_mut(n_rows * BLOCK);
+        let (bases, rest) = rest.split_at_mut(BLOCK);
         level.call(Apply {
             lrn: *self,
             channels,
             pixels,
             data,
             squares,
+            totals: &mut rest[..n_rows],
             bases,
         });
     }
@@ -69,6 +74,8 @@ struct Apply<'a> {
     /// Of each channel of the window `BLOCK` values. Channel `c` has row `c`
     /// modulo the number of rows.
     squares: &'a mut [f32],
+    /// The sum of each row.
+    totals: &'a mut [f32],
     /// What is raised to the power, `BLOCK` values.
     bases: &'a mut [f32],
 }
@@ -84,6 +91,7 @@ impl Task for Apply<'_> {
             pixels,
             data,
             squares,
+            totals,
             bases,
         } = self;
         let [below, above] = lrn.reach(channels);
@@ -97,21 +105,32 @@ impl Task for Apply<'_> {
                 // Channels below the first and above the last are zeros, and so
                 // is what a last block lacks.
                 squares.fill(0.0);
+                totals.fill(0.0);
                 for c in 0..channels + above {
                     let row = &mut squares[c % n_rows * BLOCK..][..BLOCK];
-                    if c < channels {
-                        square(simd, &image[c * pixels + start..][..len], row);
+                    totals[c % n_rows] = if c < channels {
+                        square(simd, &image[c * pixels + start..][..len], row)
                     } else {
                         row.fill(0.0);
-                    }
+                        0.0
+                    };
                     let Some(c) = c.checked_sub(above) else {
                         continue;
                     };
                     let values = &mut image[c * pixels + start..][..len];
-                    let finite = sum(simd, lrn, squares, len, bases);
-                    if finite && three_quarters_of_positive {
-                        three_quarters(simd, bases, values);
+                    // No base exceeds this one, but for rounding: far from it.
+                    let greatest = lrn.bias + lrn.weight() * totals.iter().sum::<f32>();
+                    if three_quarters_of_positive && greatest < 0.5 * f32::MAX {
+                        // The usual window is compiled without a loop.
+                        match n_rows {
+                            5 => three_quarters(simd, lrn, 5, squares, values),
+                            n => three_quarters(simd, lrn, n, squares, values),
+                        }
                     } else {
+                        for i in (0..BLOCK).step_by(S::LANES) {
+                            let base = base(simd, lrn, n_rows, squares, i);
+                            simd.store_first(&mut bases[i..], base);
+                        }
                         for (x, base) in values.iter_mut().zip(&*bases) {
                             *x /= base.powf(lrn.beta);
                         }
@@ -122,68 +141,79 @@ impl Task for Apply<'_> {
     }
 }
 
-/// Write the squares of at most `BLOCK` values to the row of a channel.
+/// Write the squares of at most `BLOCK` values to the row of a channel. Returns
+/// their sum, infinity or NaN if one of them is.
 #[inline(always)]
-fn square<S: Simd>(simd: S, values: &[f32], row: &mut [f32]) {
+fn square<S: Simd>(simd: S, values: &[f32], row: &mut [f32]) -> f32 {
     assert!(values.len() <= BLOCK && row.len() == BLOCK);
+    let mut total = simd.splat(0.0);
     for i in (0..values.len()).step_by(S::LANES) {
         let x = simd.load_first(&values[i..]);
+        let square = simd.mul(x, x);
+        total = simd.add(total, square);
         // SAFETY: `i` is a multiple of the lanes below BLOCK, which is one, too.
-        unsafe { simd.store(row.as_mut_ptr().add(i), simd.mul(x, x)) };
-    }
-}
-
-/// Write the bases of the powers of `len` pixels, given the squares of its window.
-/// False if one of them is infinite or NaN.
-#[inline(always)]
-fn sum<S: Simd>(simd: S, lrn: Lrn, squares: &[f32], len: usize, bases: &mut [f32]) -> bool {
-    let rows = squares.as_chunks::<BLOCK>().0;
-    let (weight, bias) = (simd.splat(lrn.weight()), simd.splat(lrn.bias));
-    assert!(len <= BLOCK && bases.len() == BLOCK);
-    let mut total = simd.splat(0.0);
-    for i in (0..len).step_by(S::LANES) {
-        // Summed anew for each channel: a running sum would carry rounding
-        // errors, and one infinity, through all channels.
-        let mut sum = simd.splat(0.0);
-        for row in rows {
-            // SAFETY: `i` is a multiple of the lanes below BLOCK, which is one, too.
-            sum = simd.add(sum, unsafe { simd.load(row.as_ptr().add(i)) });
-        }
-        let base = simd.mul_add(sum, weight, bias);
-        total = simd.add(total, base);
-        // SAFETY: as for loading.
-        unsafe { simd.store(bases.as_mut_ptr().add(i), base) };
+        unsafe { simd.store(row.as_mut_ptr().add(i), square) };
     }
     let mut lanes = [0.0; MAX_LANES];
-    // SAFETY: no level has more than MAX_LANES lanes.
-    unsafe { simd.store(lanes.as_mut_ptr(), total) };
-    lanes.iter().all(|total| total.is_finite())
+    simd.store_first(&mut lanes, total);
+    lanes.into_iter().sum()
 }
 
-/// Multiply `values` by `bases` to the power of -3/4, the exponent of `AlexNet`
-/// and its descendants, without a division or a root. Bases are positive and
-/// finite.
+/// The bases of the powers of the vector of pixels from `i` on, a multiple of
+/// the lanes below `BLOCK`, given the squares of the window's `n_rows`.
 #[inline(always)]
-fn three_quarters<S: Simd>(simd: S, bases: &[f32], values: &mut [f32]) {
-    let s = simd;
-    assert!(bases.len() == BLOCK && values.len() <= BLOCK);
-    for i in (0..values.len()).step_by(S::LANES) {
-        // SAFETY: `i` is a multiple of the lanes below BLOCK, which is one, too.
-        let base = unsafe { s.load(bases.as_ptr().add(i)) };
-        // A guess of base^(-3/4). Multiplied in this order nothing underflows.
-        let root = s.rsqrt_estimate(base);
-        let guess = s.mul(root, s.mul(root, s.rsqrt_estimate(root)));
-        // error = base^3 * guess^4 - 1, from factors of moderate size.
-        let quarter = s.mul(base, guess);
-        let half = s.mul(quarter, guess);
-        let error = s.mul_add(s.mul(quarter, quarter), half, s.splat(-1.0));
-        // guess / (1 + error)^(1/4), by the first terms of its series. The error
-        // is below 2^-7, so the next term is below 2^-24.
-        let series = s.mul(error, s.mul_add(error, s.splat(5.0 / 32.0), s.splat(-0.25)));
-        let y = s.mul(s.load_first(&values[i..]), guess);
-        let y = s.mul_add(y, series, y);
-        s.store_first(&mut values[i..], y);
+fn base<S: Simd>(simd: S, lrn: Lrn, n_rows: usize, squares: &[f32], i: usize) -> S::F32 {
+    assert!(i + S::LANES <= BLOCK && squares.len() >= n_rows * BLOCK);
+    // Summed anew for each channel: a running sum would carry rounding errors,
+    // and one infinity, through all channels.
+    let mut sum = simd.splat(0.0);
+    for row in 0..n_rows {
+        // SAFETY: the vector ends within the row, of which there are n_rows.
+        sum = simd.add(sum, unsafe {
+            simd.load(squares.as_ptr().add(row * BLOCK + i))
+        });
     }
+    simd.mul_add(sum, simd.splat(lrn.weight()), simd.splat(lrn.bias))
+}
+
+/// Multiply `values` by their bases to the power of -3/4.
+#[inline(always)]
+fn three_quarters<S: Simd>(simd: S, lrn: Lrn, n_rows: usize, squares: &[f32], values: &mut [f32]) {
+    let whole = values.len() - values.len() % S::LANES;
+    for i in (0..whole).step_by(S::LANES) {
+        // SAFETY: `values` has a whole vector from element i on.
+        unsafe {
+            let target = values.as_mut_ptr().add(i);
+            let x = simd.load(target);
+            simd.store(target, divide(simd, x, base(simd, lrn, n_rows, squares, i)));
+        }
+    }
+    let rest = &mut values[whole..];
+    if !rest.is_empty() {
+        let x = simd.load_first(rest);
+        simd.store_first(
+            rest,
+            divide(simd, x, base(simd, lrn, n_rows, squares, whole)),
+        );
+    }
+}
+
+/// `x` by `base` to the power of 3/4, the exponent of `AlexNet` and its
+/// descendants, without a division or a root. The base is positive and finite.
+#[inline(always)]
+fn divide<S: Simd>(s: S, x: S::F32, base: S::F32) -> S::F32 {
+    // A guess of base^(-3/4). Multiplied in this order nothing underflows.
+    let root = s.rsqrt_estimate(base);
+    let guess = s.mul(root, s.mul(root, s.rsqrt_estimate(root)));
+    // error = base^3 * guess^4 - 1, from factors of moderate size.
+    let quarter = s.mul(base, guess);
+    let half = s.mul(quarter, guess);
+    let error = s.mul_add(s.mul(quarter, quarter), half, s.splat(-1.0));
+    // guess / (1 + error)^(1/4), by the first terms of its series. The error is
+    // below 2^-7, so the next term is below 2^-24.
+    let series = s.mul(error, s.mul_add(error, s.splat(5.0 / 32.0), s.splat(-0.25)));
+    let y = s.mul(x, guess);
+    s.mul_add(y, series, y)
 }
 
 #[cfg(test)]

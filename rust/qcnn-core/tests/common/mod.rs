@@ -137,22 +137,21 @@ fn interpret_node(
     let channels = shape[0];
     let pixels: usize = shape[1..].iter().product();
     let parameter = |suffix: &str| network.floats(name, suffix);
-    let mut buffer = Vec::new();
-    let codes = network.codes(name, &mut buffer);
     let weights = |pq: &Option<_>| match *pq {
         None => Weights::Dense(parameter("weight").unwrap()),
         Some(geometry) => Weights::ProductQuantized {
             geometry,
             codebooks: parameter("codebooks").unwrap(),
-            codes: codes.unwrap(),
+            codes: network.codes(name).unwrap(),
         },
     };
     let map = |f: &dyn Fn(f64) -> f64| x.iter().map(|v| f(f64::from(*v)) as f32).collect();
     match (op, geometry) {
         (Op::Conv { .. }, Geometry::Conv(geometry, pq)) => {
+            let mut buffer = Vec::new();
             let layer = ConvLayer {
                 geometry,
-                weights: weights(pq),
+                weights: weights(pq).unpacked(&mut buffer),
                 bias: parameter("bias"),
             };
             let mut out = vec![0.0; geometry.out_channels * geometry.out_pixels()];
