@@ -21,6 +21,7 @@ wildcard_constraints:
     replicate=r"\d+",
     layer=r"[^/]+",
     shard=r"\d+",
+    kind="conv|fc",
 
 
 include: "workflow/rules/prepare.smk"

@@ -216,10 +216,7 @@ class SecondMoments:
                     f"{name} have shape {array.shape}, "
                     f"expected (samples, {groups}, {last})"
                 )
-            if not np.isfinite(array).all():
-                raise DatasetError(
-                    f"calibration {name}: got infinity or NaN, expected finite values"
-                )
+            _check_finite(name, array)
         self.count += s.shape[0]
         self.sum_inputs += s.sum(axis=0)
         self.sum_targets += t.sum(axis=0)
@@ -481,10 +478,7 @@ class Samples:
                 raise ShapeError(
                     f"{name} have shape {array.shape}, expected (samples, {last})"
                 )
-            if not np.isfinite(array).all():
-                raise DatasetError(
-                    f"calibration {name}: got infinity or NaN, expected finite values"
-                )
+            _check_finite(name, array)
             arrays.append(np.array(array, dtype=np.float32))
         self._parts.append((arrays[0], arrays[1]))
 
@@ -617,6 +611,13 @@ def draw_positions(
     keys = random.random((n_images, n_positions))
     drawn: npt.NDArray[np.intp] = np.argsort(keys, axis=1, kind="stable")[:, :n_drawn]
     return np.sort(drawn, axis=1)
+
+
+def _check_finite(name: str, array: npt.NDArray[Any]) -> None:
+    if not np.isfinite(array).all():
+        raise DatasetError(
+            f"calibration {name}: got infinity or NaN, expected finite values"
+        )
 
 
 def _as_images(values: npt.NDArray[Any]) -> npt.NDArray[Any]:

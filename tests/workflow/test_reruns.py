@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 AFTER_FINETUNING = {
-    "collect_fc_statistics": 2,
+    "collect_statistics": 2,
     "requantize_fc_layer": 2,
     "assemble_model": 1,
     "evaluate_models": 1,
@@ -38,28 +38,28 @@ def setting(*path, value):
             {
                 "prepare_dataset": 1,
                 "prepare_network": 1,
-                "collect_conv_statistics": 2,
                 "quantize_conv_layer": 2,
                 **AFTER_CONV,
+                "collect_statistics": 4,
             },
             {"conv1", "conv2", "fc1", "fc2"},
             id="data",
         ),
         pytest.param(
             setting("quantize", "layers", "conv1", "n_centroids", value=4),
-            {"collect_conv_statistics": 2, "quantize_conv_layer": 2, **AFTER_CONV},
+            {"quantize_conv_layer": 2, **AFTER_CONV, "collect_statistics": 4},
             {"conv1", "conv2", "fc1", "fc2"},
             id="first conv layer",
         ),
         pytest.param(
             setting("quantize", "layers", "conv2", "n_centroids", value=4),
-            {"collect_conv_statistics": 1, "quantize_conv_layer": 1, **AFTER_CONV},
+            {"quantize_conv_layer": 1, **AFTER_CONV, "collect_statistics": 3},
             {"conv2", "fc1", "fc2"},
             id="second conv layer",
         ),
         pytest.param(
             setting("quantize", "layers", "conv1", "dense", value=True),
-            {"collect_conv_statistics": 1, "quantize_conv_layer": 1, **AFTER_CONV},
+            {"quantize_conv_layer": 1, **AFTER_CONV, "collect_statistics": 3},
             {"conv2", "fc1", "fc2"},
             id="a layer left dense",
         ),
@@ -73,7 +73,7 @@ def setting(*path, value):
             setting("quantize", "layers", "fc2", "n_centroids", value=4),
             {
                 **AFTER_FINETUNING,
-                "collect_fc_statistics": 1,
+                "collect_statistics": 1,
                 "requantize_fc_layer": 1,
             },
             {"fc2"},
@@ -81,7 +81,7 @@ def setting(*path, value):
         ),
         pytest.param(
             setting("quantize", "layers", "fc2", "shards", value=3),
-            {"report_pipeline": 1, "collect_fc_statistics": 3},
+            {"report_pipeline": 1, "collect_statistics": 3},
             set(),
             id="shards",
         ),

@@ -272,20 +272,16 @@ def requantized_fc_layers(wildcards):
     return layer_files(quantized_layers(wildcards.run, "fc"), "fc")
 
 
-def previous_layers(wildcards, kind):
+def previous_layers(wildcards):
     """Return the artefacts of the layers quantised before that of the wildcards."""
-    names = quantized_layers(wildcards.run, kind)
-    return layer_files(names[: names.index(layer_name(wildcards))], kind)
+    names = quantized_layers(wildcards.run, wildcards.kind)
+    return layer_files(names[: names.index(layer_name(wildcards))], wildcards.kind)
 
 
-def previous_conv_layers(wildcards):
-    """Return the artefacts of the quantised conv layers before this one."""
-    return previous_layers(wildcards, "conv")
-
-
-def previous_fc_layers(wildcards):
-    """Return the artefacts of the quantised fc layers before this one."""
-    return previous_layers(wildcards, "fc")
+def network_to_quantize(wildcards):
+    """Return the network that layers of the kind of the wildcards come from."""
+    name = {"conv": "network", "fc": "finetuned"}[wildcards.kind]
+    return f"{REPLICATE}/{name}.qcnn"
 
 
 def all_replicates(wildcards, patterns):
@@ -320,7 +316,7 @@ def timings(wildcards):
         for name in quantized_layers(wildcards.run, kind):
             file = quote(name, safe="")
             for shard in range(planned_layers(wildcards.run)[name].settings.shards):
-                yield f"collect_{kind}_statistics.{file}.{shard}"
+                yield f"collect_statistics.{kind}.{file}.{shard}"
             yield f"{rule}.{file}"
 
     stages = [

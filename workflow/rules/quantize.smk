@@ -3,17 +3,19 @@
 # before it, so the jobs of a kind form a chain.
 
 
-rule collect_conv_statistics:
+rule collect_statistics:
     input:
         dataset=rules.prepare_dataset.output.dataset,
-        network=rules.prepare_network.output.network,
-        previous=previous_conv_layers,
+        network=network_to_quantize,
+        previous=previous_layers,
     output:
-        statistics=temp(f"{REPLICATE}/statistics/conv/{{layer}}/{{shard}}.safetensors"),
+        statistics=temp(
+            f"{REPLICATE}/statistics/{{kind}}/{{layer}}/{{shard}}.safetensors"
+        ),
     log:
-        f"{RUN}/logs/{{replicate}}/collect_conv_statistics.{{layer}}.{{shard}}.log",
+        f"{RUN}/logs/{{replicate}}/collect_statistics.{{kind}}.{{layer}}.{{shard}}.log",
     benchmark:
-        f"{REPLICATE}/timings/collect_conv_statistics.{{layer}}.{{shard}}.tsv"
+        f"{REPLICATE}/timings/collect_statistics.{{kind}}.{{layer}}.{{shard}}.tsv"
     conda:
         "../envs/qcnn.yaml"
     params:
@@ -21,11 +23,11 @@ rule collect_conv_statistics:
         shard=shard_number,
         settings=statistics_settings,
         seed=replicate_seed,
-        code=code_of("collect_conv_statistics"),
+        code=code_of("collect_statistics"),
     message:
         "{wildcards.run}/{wildcards.replicate}: statistics of {params.layer}, shard {params.shard}"
     script:
-        "../scripts/collect_conv_statistics.py"
+        "../scripts/collect_statistics.py"
 
 
 rule quantize_conv_layer:
@@ -49,31 +51,6 @@ rule quantize_conv_layer:
         "{wildcards.run}/{wildcards.replicate}: quantising {params.layer}"
     script:
         "../scripts/quantize_conv_layer.py"
-
-
-rule collect_fc_statistics:
-    input:
-        dataset=rules.prepare_dataset.output.dataset,
-        network=f"{REPLICATE}/finetuned.qcnn",
-        previous=previous_fc_layers,
-    output:
-        statistics=temp(f"{REPLICATE}/statistics/fc/{{layer}}/{{shard}}.safetensors"),
-    log:
-        f"{RUN}/logs/{{replicate}}/collect_fc_statistics.{{layer}}.{{shard}}.log",
-    benchmark:
-        f"{REPLICATE}/timings/collect_fc_statistics.{{layer}}.{{shard}}.tsv"
-    conda:
-        "../envs/qcnn.yaml"
-    params:
-        layer=layer_name,
-        shard=shard_number,
-        settings=statistics_settings,
-        seed=replicate_seed,
-        code=code_of("collect_fc_statistics"),
-    message:
-        "{wildcards.run}/{wildcards.replicate}: statistics of {params.layer}, shard {params.shard}"
-    script:
-        "../scripts/collect_fc_statistics.py"
 
 
 rule requantize_fc_layer:

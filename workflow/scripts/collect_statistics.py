@@ -1,4 +1,4 @@
-"""Gather the statistics of a conv layer on one shard of the images."""
+"""Gather the statistics of one layer on one shard of the images."""
 
 from qcnn_py.config import LayerSettings
 from qcnn_py.datasets import Dataset
