@@ -5,6 +5,11 @@
 //! every number is computed by one thread in a fixed order: results do not depend on
 //! how many threads there are.
 
+#![allow(
+    clippy::cast_sign_loss,
+    reason = "codes and labels are never negative; NumPy's integers have a sign"
+)]
+
 pub mod descent;
 pub mod kmeans;
 
@@ -93,5 +98,5 @@ fn least(costs: &[f64]) -> usize {
         .chain(rest)
         .copied()
         .fold(f64::INFINITY, f64::min);
-    costs.iter().position(|&cost| cost == value).unwrap_or(0)
+    costs.iter().position(|&cost| cost <= value).unwrap_or(0)
 }
