@@ -583,7 +583,7 @@ NetworkConfig = Annotated[
 ]
 
 
-PrecisionName = Literal["exact", "fast"]
+PrecisionName = Literal["exact", "fast", "int8"]
 
 PeerName = Literal[
     "onnxruntime-fp32", "onnxruntime-int8", "openvino-fp32", "openvino-int8"
@@ -607,8 +607,8 @@ class BenchmarkConfig(Section):
         min_length=1,
         description=(
             "Precisions of the quantised network that race. exact: float32 tables and "
-            "sums; fast: 16 bits where that is faster. The first one leads the report "
-            "and has its layers timed."
+            "sums; fast: 16 bits where that is faster; int8: also 8-bit tables. The "
+            "first one leads the report and has its layers timed."
         ),
     )
     peers: tuple[PeerName, ...] = Field(

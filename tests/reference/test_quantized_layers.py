@@ -306,8 +306,30 @@ def test_threads_give_the_same_bits_in_long_sums(quantized, isa):
         np.testing.assert_array_equal(several(images), one)
 
 
-def test_fast_precision_stays_close(isa):
+@pytest.mark.parametrize(("precision", "limit"), [("fast", 1e-2), ("int8", 3e-2)])
+def test_reduced_precisions_stay_close(isa, precision, limit):
     network, builder = mixed_network()
     images = builder.images(3)
-    fast = network.compile(precision="fast", isa=isa)(images)
-    assert relative_error(fast, execute(network, images)["prob"]) < 1e-2
+    model = network.compile(precision=precision, isa=isa)
+    output = model(images)
+    assert relative_error(output, execute(network, images)["prob"]) < limit
+    np.testing.assert_array_equal(output, model.trace(images)["prob"])
+
+
+@pytest.mark.parametrize("precision", ["fast", "int8"])
+def test_relu_within_a_layer(isa, precision):
+    builder = NetworkBuilder((3, 20, 14))
+    builder.conv(64, 3, padding=1, quantized=Quantized(16, 4))
+    builder.add("relu")
+    conv = builder.conv(96, 3, padding=1, quantized=Quantized(16, 4))
+    relu = builder.add("relu")
+    network, images = builder.build(), builder.images(2)
+    model = network.compile(precision=precision, isa=isa)
+    if (isa, precision) == ("avx512vbmi", "int8"):
+        assert model.layers[1]["kernel_name"] == "x86_64-avx512vbmi-i8-channels"
+    traced = model.trace(images)
+    # Tracing shows the response before ReLU, and running gives the same bits.
+    np.testing.assert_array_equal(model(images), traced[relu])
+    np.testing.assert_array_equal(traced[relu], np.maximum(traced[conv], 0))
+    error = relative_error(traced[conv], execute(network, images)[conv])
+    assert error < {"fast": 3e-3, "int8": 1.5e-2}[precision]

@@ -1,5 +1,6 @@
-//! Single layers of `AlexNet` at the authors' setting, one image, one thread:
-//! every kernel of every ISA the CPU has, product-quantised and dense.
+//! Single layers of `AlexNet` at the authors' setting, and of VGG-16 with 8-bit
+//! tables, one image, one thread: every ISA the CPU has, product-quantised and
+//! dense.
 //!
 //! Items are look-ups of the quantised layer, for the dense kernels too, so
 //! that the columns compare.
@@ -110,7 +111,31 @@ const CONVS: [Conv; 5] = [
     conv("conv5", [384, 13, 13], 256, [3, 1, 1, 2]),
 ];
 
-fn bench_conv(bencher: Bencher<'_, '_>, case: &Case<Conv>, quantized: bool) {
+/// Convolutions of VGG-16, of each size of the map the one that is there most.
+const VGG_CONVS: [Conv; 5] = [
+    conv("conv1_2", [64, 224, 224], 64, [3, 1, 1, 1]),
+    conv("conv2_2", [128, 112, 112], 128, [3, 1, 1, 1]),
+    conv("conv3_2", [256, 56, 56], 256, [3, 1, 1, 1]),
+    conv("conv4_2", [512, 28, 28], 512, [3, 1, 1, 1]),
+    conv("conv5_2", [512, 14, 14], 512, [3, 1, 1, 1]),
+];
+
+/// How the weights of a layer are quantised.
+#[derive(Clone, Copy)]
+struct Setting {
+    subvector_dim: usize,
+    n_centroids: usize,
+    precision: Precision,
+}
+
+/// The authors' setting for `AlexNet`.
+const PAPER: Setting = Setting {
+    subvector_dim: 8,
+    n_centroids: 128,
+    precision: Precision::Fast,
+};
+
+fn bench_conv(bencher: Bencher<'_, '_>, case: &Case<Conv>, setting: Option<Setting>) {
     let conv = &case.layer;
     let geometry = ConvGeometry::new(
         conv.name,
@@ -122,12 +147,17 @@ fn bench_conv(bencher: Bencher<'_, '_>, case: &Case<Conv>, quantized: bool) {
         [conv.padding; 4],
         conv.groups,
     )
-    .expect("AlexNet is possible");
+    .expect("published networks are possible");
     let channels = geometry.group_in_channels();
+    let Setting {
+        subvector_dim,
+        n_centroids,
+        precision,
+    } = setting.unwrap_or(PAPER);
     let pq = PqGeometry {
-        n_subspaces: channels.div_ceil(8),
-        n_centroids: 128,
-        subvector_dim: 8,
+        n_subspaces: channels.div_ceil(subvector_dim),
+        n_centroids,
+        subvector_dim,
         codebook_groups: 1,
     };
     let codes_len = geometry.out_channels * geometry.taps() * pq.n_subspaces;
@@ -136,7 +166,7 @@ fn bench_conv(bencher: Bencher<'_, '_>, case: &Case<Conv>, quantized: bool) {
     let dense = floats(geometry.out_channels * channels * geometry.taps());
     let layer = ConvLayer {
         geometry: &geometry,
-        weights: if quantized {
+        weights: if setting.is_some() {
             Weights::ProductQuantized {
                 geometry: pq,
                 codebooks: &codebooks,
@@ -147,7 +177,7 @@ fn bench_conv(bencher: Bencher<'_, '_>, case: &Case<Conv>, quantized: bool) {
         },
         bias: None,
     };
-    let kernel = conv_kernels(&layer, case.isa, Precision::Fast)[0].build();
+    let kernel = conv_kernels(&layer, case.isa, precision)[0].build();
     let lens = [
         geometry.in_channels * geometry.in_pixels(),
         geometry.out_channels * geometry.out_pixels(),
@@ -163,12 +193,23 @@ fn bench_conv(bencher: Bencher<'_, '_>, case: &Case<Conv>, quantized: bool) {
 
 #[divan::bench(args = cases(&CONVS, &[1]))]
 fn conv_quantized(bencher: Bencher<'_, '_>, case: &Case<Conv>) {
-    bench_conv(bencher, case, true);
+    bench_conv(bencher, case, Some(PAPER));
 }
 
 #[divan::bench(args = cases(&CONVS, &[1]))]
 fn conv_dense(bencher: Bencher<'_, '_>, case: &Case<Conv>) {
-    bench_conv(bencher, case, false);
+    bench_conv(bencher, case, None);
+}
+
+/// At a setting that 8-bit tables are for.
+#[divan::bench(args = cases(&VGG_CONVS, &[1]))]
+fn conv_vgg_int8(bencher: Bencher<'_, '_>, case: &Case<Conv>) {
+    let setting = Setting {
+        subvector_dim: 4,
+        n_centroids: 16,
+        precision: Precision::Int8,
+    };
+    bench_conv(bencher, case, Some(setting));
 }
 
 /// A fully connected layer of `AlexNet`.

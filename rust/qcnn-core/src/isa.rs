@@ -12,6 +12,7 @@
 //! | `avx2` | AVX2, FMA | 8 lanes |
 //! | `avx512` | AVX-512 F, BW, DQ, VL and `avx2`'s needs | 16 lanes |
 //! | `avx512vnni` | also AVX-512 VNNI | 16 lanes |
+//! | `avx512vbmi` | also AVX-512 VBMI | 16 lanes |
 //!
 //! # How kernels are compiled
 //!
@@ -58,10 +59,18 @@ pub enum Isa {
     Avx512,
     /// The same and AVX-512 VNNI.
     Avx512Vnni,
+    /// The same and AVX-512 VBMI.
+    Avx512Vbmi,
 }
 
 impl Isa {
-    const ALL: [Self; 4] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Vnni];
+    const ALL: [Self; 5] = [
+        Self::Portable,
+        Self::Avx2,
+        Self::Avx512,
+        Self::Avx512Vnni,
+        Self::Avx512Vbmi,
+    ];
 
     /// The level's name in options, in `QCNN_ISA` and in reports.
     pub fn name(self) -> &'static str {
@@ -70,6 +79,7 @@ impl Isa {
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
             Self::Avx512Vnni => "avx512vnni",
+            Self::Avx512Vbmi => "avx512vbmi",
         }
     }
 
@@ -119,8 +129,10 @@ impl Isa {
             Self::Avx512 => Avx512::new().map(Level::Avx512),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Vnni => Avx512::new().map(Level::Avx512Vnni),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vbmi => Avx512::new().map(Level::Avx512Vbmi),
             #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx2 | Self::Avx512 | Self::Avx512Vnni => None,
+            Self::Avx2 | Self::Avx512 | Self::Avx512Vnni | Self::Avx512Vbmi => None,
         }
     }
 }
@@ -163,10 +175,13 @@ pub(crate) enum Level {
     Avx2(Avx2),
     /// See [`Avx512`].
     #[cfg(target_arch = "x86_64")]
-    Avx512(Avx512<false>),
+    Avx512(Avx512<false, false>),
     /// See [`Avx512`].
     #[cfg(target_arch = "x86_64")]
-    Avx512Vnni(Avx512<true>),
+    Avx512Vnni(Avx512<true, false>),
+    /// See [`Avx512`].
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vbmi(Avx512<true, true>),
 }
 
 impl Level {
@@ -180,6 +195,8 @@ impl Level {
             Self::Avx512(simd) => simd.call(task),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Vnni(simd) => simd.call(task),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vbmi(simd) => simd.call(task),
         }
     }
 }
@@ -209,6 +226,9 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
     /// Clock cycles that [`look_up_i16`](Self::look_up_i16) takes with 4, 5 and
     /// 6 bits, with the shift and the addition that go with it.
     const LOOK_UP_CYCLES: [f64; 3];
+    /// Clock cycles that [`look_up_i8`](Self::look_up_i8) takes with 16 and with 32
+    /// entries, with its share of the sums that go with it.
+    const BYTE_LOOK_UP_CYCLES: [f64; 2];
     /// The same for [`look_up_f32`](Self::look_up_f32).
     const LOOK_UP_F32_CYCLES: [f64; 3];
     /// A vector.
@@ -217,6 +237,8 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
     type I16: Copy + fmt::Debug;
     /// A vector of 32-bit integers, as many as float32 values.
     type I32: Copy + fmt::Debug;
+    /// A vector of 8-bit integers, four times as many.
+    type I8: Copy + fmt::Debug;
 
     /// The token, if the CPU has the level.
     fn new() -> Option<Self>;
@@ -235,6 +257,15 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
 
     /// The greater of each pair of lanes, or NaN if either is NaN.
     fn max(self, a: Self::F32, b: Self::F32) -> Self::F32;
+
+    /// The magnitude of every lane.
+    fn abs(self, a: Self::F32) -> Self::F32;
+
+    /// The smaller of each pair of lanes, any of them if either is NaN.
+    fn min(self, a: Self::F32, b: Self::F32) -> Self::F32;
+
+    /// `a / b`
+    fn div(self, a: Self::F32, b: Self::F32) -> Self::F32;
 
     /// `1 / sqrt(a)` to a relative error of 2^-11 for positive normal numbers,
     /// anything for others.
@@ -336,6 +367,10 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
     /// beyond the range of the result, and NaN, give any number.
     fn round_i16(self, low: Self::F32, high: Self::F32) -> Self::I16;
 
+    /// The values of `even` and `odd` in turns, rounded to nearest. Values beyond
+    /// the range of the result, and NaN, give any number.
+    fn round_zip_i16(self, even: Self::F32, odd: Self::F32) -> Self::I16;
+
     /// The inverse of [`round_i16`](Self::round_i16).
     fn widen_i16(self, vector: Self::I16) -> [Self::F32; 2];
 
@@ -371,6 +406,75 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
 
     /// As float32, in turns from `even` and `odd`.
     fn interleave_i32(self, even: Self::I32, odd: Self::I32) -> [Self::F32; 2];
+
+    /// As float32.
+    fn float_i32(self, vector: Self::I32) -> Self::F32;
+
+    /// Bits 23 to 30 of the lanes of four vectors, one after the other, whose
+    /// bit 31 is the same as bit 30.
+    fn pack_i8(self, vectors: [Self::I32; 4]) -> Self::I8;
+
+    /// Every lane's entry of a table: lane `i` uses table `i % 4` of four tables,
+    /// one behind the other, with `ENTRIES` entries each, 16 or 32. Indices count
+    /// from the first entry of the first table.
+    ///
+    /// # Safety
+    ///
+    /// `tables` is valid for reads of `4 * ENTRIES` values.
+    unsafe fn look_up_i8<const ENTRIES: usize>(
+        self,
+        tables: *const i8,
+        indices: Self::I8,
+    ) -> Self::I8;
+
+    /// `a + b`, modulo 2^8.
+    fn add_i8(self, a: Self::I8, b: Self::I8) -> Self::I8;
+
+    /// `c[i] + sum over j < 4 of weights[j] * a[4 * i + j]`, where byte `j` of
+    /// `weights`, from the lowest, is in 0..=127 and `a` not -128.
+    fn dot_i8(self, weights: u32, a: Self::I8, c: Self::I32) -> Self::I32;
+
+    /// The `4 * LANES` values at `source`, which needs no alignment.
+    ///
+    /// # Safety
+    ///
+    /// `source` is valid for reads of `4 * LANES` values.
+    unsafe fn load_i8(self, source: *const i8) -> Self::I8;
+
+    /// Write the `4 * LANES` values to `target`, which needs no alignment.
+    ///
+    /// # Safety
+    ///
+    /// `target` is valid for writes of `4 * LANES` values.
+    unsafe fn store_i8(self, target: *mut i8, vector: Self::I8);
+
+    /// Transpose a block: value `j` of row `i` of the target is value `i` of row
+    /// `j` of the source, for `rows` and `columns` of the target, both at most
+    /// `LANES`.
+    ///
+    /// # Safety
+    ///
+    /// `source` is valid for reads of `LANES` rows of `LANES` values at distance
+    /// `source_stride`, `target` for writes of `rows` rows of `columns` values at
+    /// distance `target_stride`.
+    #[inline(always)]
+    unsafe fn transpose(
+        self,
+        source: *const f32,
+        source_stride: usize,
+        target: *mut f32,
+        target_stride: usize,
+        [rows, columns]: [usize; 2],
+    ) {
+        for i in 0..rows {
+            for j in 0..columns {
+                // SAFETY: i < rows <= LANES and j < columns <= LANES.
+                unsafe {
+                    *target.add(i * target_stride + j) = *source.add(j * source_stride + i);
+                }
+            }
+        }
+    }
 
     /// Lane `i` becomes lane `i + distance`; the last `distance` lanes become
     /// any of the others.
@@ -478,6 +582,7 @@ mod tests {
             assert_eq!(target, expected, "{}", S::NAME);
 
             check_floats(s);
+            check_bytes(s);
 
             let lanes = 2 * S::LANES;
             let halves: Vec<f32> = (0..lanes).map(|i| i as f32 * 0.75 - 3.0).collect();
@@ -560,6 +665,88 @@ mod tests {
         }
     }
 
+    /// The primitives for 8-bit tables.
+    #[inline(always)]
+    fn check_bytes<S: Simd>(s: S) {
+        let n = 4 * S::LANES;
+        let a: Vec<i8> = (0..n).map(|i| (i * 37 % 255) as i8).collect();
+        let b: Vec<i8> = (0..n).map(|i| (i * 91 % 255) as i8).collect();
+        let weights = [127, 0, 1, 100];
+        let mut bytes = vec![0i8; n];
+        let mut sums = vec![0.0f32; S::LANES];
+        // SAFETY: all buffers hold one vector.
+        unsafe {
+            let [a, b] = [s.load_i8(a.as_ptr()), s.load_i8(b.as_ptr())];
+            s.store_i8(bytes.as_mut_ptr(), s.add_i8(a, b));
+            let total = s.dot_i8(u32::from_le_bytes(weights), a, s.splat_i32(-7));
+            s.store(sums.as_mut_ptr(), s.float_i32(total));
+        }
+        let added: Vec<i8> = a.iter().zip(&b).map(|(a, b)| a.wrapping_add(*b)).collect();
+        assert_eq!(bytes, added, "{}", S::NAME);
+        for (sum, a) in sums.iter().zip(a.chunks_exact(4)) {
+            let products = a.iter().zip(weights);
+            let total: i32 = products.map(|(a, w)| i32::from(*a) * i32::from(w)).sum();
+            assert_eq!(*sum as i32, total - 7, "{}", S::NAME);
+        }
+
+        // 2 * 2^8 * 2^14 times the byte.
+        let factors: Vec<i16> = a.iter().flat_map(|a| [i16::from(*a) << 8; 2]).collect();
+        // SAFETY: there are two factors for each of the lanes of four vectors.
+        unsafe {
+            let mut vectors = [s.splat_i32(0x7f_ffff); 4];
+            for (i, vector) in vectors.iter_mut().enumerate() {
+                let factors = s.load_i16(factors.as_ptr().add(i * 2 * S::LANES));
+                *vector = s.dot_i16(factors, s.splat_pair(0x4000_4000), *vector);
+            }
+            s.store_i8(bytes.as_mut_ptr(), s.pack_i8(vectors));
+        }
+        assert_eq!(bytes, a, "{}", S::NAME);
+
+        check_byte_look_up::<S, 16>(s);
+        check_byte_look_up::<S, 32>(s);
+
+        let source: Vec<f32> = (0..S::LANES * (S::LANES + 1)).map(|i| i as f32).collect();
+        for [rows, columns] in [[S::LANES; 2], [1, S::LANES], [S::LANES, 3], [2, 1]] {
+            let mut target = vec![-1.0; rows * (S::LANES + 2)];
+            // SAFETY: the source has LANES rows at distance LANES + 1, the target
+            // `rows` at distance LANES + 2.
+            unsafe {
+                let extent = [rows, columns];
+                let strides = [S::LANES + 1, S::LANES + 2];
+                let (source, target) = (source.as_ptr(), target.as_mut_ptr());
+                s.transpose(source, strides[0], target, strides[1], extent);
+            }
+            for (i, row) in target.chunks_exact(S::LANES + 2).enumerate() {
+                for (j, value) in row.iter().enumerate() {
+                    let expected = if j < columns {
+                        (j * (S::LANES + 1) + i) as i32
+                    } else {
+                        -1
+                    };
+                    assert_eq!(*value as i32, expected, "{} {rows} {columns}", S::NAME);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn check_byte_look_up<S: Simd, const ENTRIES: usize>(s: S) {
+        let tables: Vec<i8> = (0..4 * ENTRIES).map(|i| (i * 5 % 251) as i8).collect();
+        for first in (0..ENTRIES).step_by(7) {
+            let index = |i: usize| i % 4 * ENTRIES + (first + i) % ENTRIES;
+            let indices: Vec<i8> = (0..4 * S::LANES).map(|i| index(i) as i8).collect();
+            let mut found = vec![0i8; 4 * S::LANES];
+            // SAFETY: there are four tables and a vector of indices.
+            unsafe {
+                let indices = s.load_i8(indices.as_ptr());
+                let vector = s.look_up_i8::<ENTRIES>(tables.as_ptr(), indices);
+                s.store_i8(found.as_mut_ptr(), vector);
+            }
+            let expected: Vec<i8> = (0..4 * S::LANES).map(|i| tables[index(i)]).collect();
+            assert_eq!(found, expected, "{} {ENTRIES}", S::NAME);
+        }
+    }
+
     /// Indices of `BITS` bits with others above them.
     #[inline(always)]
     fn check_look_up<S: Simd, const BITS: u32>(s: S) {
@@ -626,6 +813,19 @@ mod tests {
         for vector in [s.max(nan, va), s.max(va, nan)] {
             assert!(get(vector).iter().all(|x| x.is_nan()), "{}", S::NAME);
         }
+        let minima: Vec<f32> = pairs().map(|(a, b)| a.min(*b)).collect();
+        assert_eq!(get(s.min(va, vb)), minima, "{}", S::NAME);
+        let magnitudes: Vec<f32> = a.iter().map(|a| a.abs()).collect();
+        assert_eq!(get(s.abs(va)), magnitudes, "{}", S::NAME);
+        let quotients: Vec<f32> = pairs().map(|(a, b)| a / b).collect();
+        assert_eq!(get(s.div(va, vb)), quotients, "{}", S::NAME);
+        let zipped: Vec<i16> = pairs()
+            .flat_map(|(a, b)| [a.round_ties_even() as i16, b.round_ties_even() as i16])
+            .collect();
+        let mut words = vec![0i16; 2 * S::LANES];
+        // SAFETY: there is room for a vector.
+        unsafe { s.store_i16(words.as_mut_ptr(), s.round_zip_i16(va, vb)) };
+        assert_eq!(words, zipped, "{}", S::NAME);
         let even: Vec<f32> = a.iter().chain(&b).copied().step_by(2).collect();
         assert_eq!(get(s.even(va, vb)), even, "{}", S::NAME);
         for exponent in -126..=127 {

@@ -5,8 +5,9 @@ use std::str::FromStr;
 
 use crate::error::{Error, Result};
 
-/// How exactly product-quantised layers are computed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+/// How exactly product-quantised layers are computed. Each precision may also use
+/// what those before it do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Precision {
     /// float32 tables and sums.
     Exact,
@@ -14,6 +15,9 @@ pub enum Precision {
     /// every image from bounds that hold for it, so that nothing can overflow.
     #[default]
     Fast,
+    /// Also 8-bit tables, with 32-bit sums, where that is faster still. Their
+    /// scale is derived in the same way.
+    Int8,
 }
 
 impl Precision {
@@ -22,6 +26,7 @@ impl Precision {
         match self {
             Self::Exact => "exact",
             Self::Fast => "fast",
+            Self::Int8 => "int8",
         }
     }
 }
@@ -39,8 +44,9 @@ impl FromStr for Precision {
         match name {
             "exact" => Ok(Self::Exact),
             "fast" => Ok(Self::Fast),
+            "int8" => Ok(Self::Int8),
             _ => Err(Error::Config(format!(
-                "precision is {name:?}, expected \"exact\" or \"fast\""
+                "precision is {name:?}, expected \"exact\", \"fast\" or \"int8\""
             ))),
         }
     }

@@ -103,6 +103,31 @@ struct Step {
     output: Operand,
 }
 
+impl Step {
+    /// Whether this is nothing but ReLU of `other`'s response, in the same place:
+    /// then no other step reads that response.
+    fn is_relu_of(&self, other: &Self) -> bool {
+        matches!(self.action, Action::Activation(Activation::Relu))
+            && self.operands[0].place == other.output.place
+            && self.output.place == other.output.place
+    }
+
+    /// Run a kernel with ReLU in one go, if it can.
+    fn run_kernel_relu(&self, workspace: &mut Workspace, input: &[f32], n: usize) -> bool {
+        let (Action::Kernel(kernel), Place::Slot(slot)) = (&self.action, self.output.place) else {
+            return false;
+        };
+        let mut buffer = std::mem::take(&mut workspace.slots[slot]);
+        let mut scratch = std::mem::take(&mut workspace.scratch);
+        let output = &mut buffer.as_mut_slice()[..n * self.output.len];
+        let value = workspace.value(input, self.operands[0], n);
+        let fused = kernel.run_relu(n, value, output, scratch.as_mut_slice());
+        workspace.scratch = scratch;
+        workspace.slots[slot] = buffer;
+        fused
+    }
+}
+
 /// A network planned for one ISA: packed weights, kernels, and which buffer
 /// every value goes to.
 ///
@@ -230,8 +255,19 @@ impl Session {
                 self.output.len
             );
         }
-        self.trace(workspace, input, n, |_, _| {})?;
-        if n > 0 {
+        if self.check(workspace, input, n)? {
+            let mut steps = self.steps.iter().peekable();
+            while let Some(step) = steps.next() {
+                let relu = steps.next_if(|next| next.is_relu_of(step));
+                let fused = relu.is_some() && step.run_kernel_relu(workspace, input, n);
+                if fused {
+                    continue;
+                }
+                self.run_step(step, workspace, input, n);
+                if let Some(relu) = relu {
+                    self.run_step(relu, workspace, input, n);
+                }
+            }
             output.copy_from_slice(workspace.value(input, self.output, n));
         }
         Ok(())
@@ -246,6 +282,17 @@ impl Session {
         n: usize,
         mut visit: impl FnMut(&str, &[f32]),
     ) -> Result<()> {
+        if self.check(workspace, input, n)? {
+            for step in &self.steps {
+                self.run_step(step, workspace, input, n);
+                visit(&step.name, workspace.value(input, step.output, n));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether there is anything to compute for `n` images, or what is wrong.
+    fn check(&self, workspace: &Workspace, input: &[f32], n: usize) -> Result<bool> {
         if input.len() != n.saturating_mul(self.input_len) {
             bail_shape!(
                 "input has {} elements, expected {n} images of {} each",
@@ -254,14 +301,7 @@ impl Session {
             );
         }
         workspace.check(self, n)?;
-        if n == 0 {
-            return Ok(());
-        }
-        for step in &self.steps {
-            self.run_step(step, workspace, input, n);
-            visit(&step.name, workspace.value(input, step.output, n));
-        }
-        Ok(())
+        Ok(n > 0)
     }
 
     fn run_step(&self, step: &Step, workspace: &mut Workspace, input: &[f32], n: usize) {

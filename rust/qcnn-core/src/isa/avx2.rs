@@ -2,19 +2,20 @@
 
 use std::arch::x86_64::{
     __m128i, __m256, __m256i, _CMP_UNORD_Q, _MM_HINT_T0, _mm_cvtsi32_si128, _mm_loadu_si128,
-    _mm_prefetch, _mm256_add_epi16, _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256,
-    _mm256_andnot_si256, _mm256_blend_epi16, _mm256_blendv_epi8, _mm256_blendv_ps,
-    _mm256_broadcastsi128_si256, _mm256_castpd_ps, _mm256_castps_pd, _mm256_castsi256_ps,
-    _mm256_castsi256_si128, _mm256_cmp_ps, _mm256_cmpgt_epi32, _mm256_cvtepi16_epi32,
-    _mm256_cvtepi32_ps, _mm256_cvtps_epi32, _mm256_extracti128_si256, _mm256_fmadd_ps,
-    _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maskload_ps,
-    _mm256_maskstore_ps, _mm256_max_ps, _mm256_mul_ps, _mm256_mullo_epi16, _mm256_or_si256,
-    _mm256_packs_epi32, _mm256_permute2x128_si256, _mm256_permute4x64_epi64, _mm256_permute4x64_pd,
-    _mm256_permutevar8x32_epi32, _mm256_permutevar8x32_ps, _mm256_rsqrt_ps, _mm256_set1_epi16,
-    _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi32, _mm256_setzero_si256,
-    _mm256_shuffle_epi8, _mm256_shuffle_ps, _mm256_slli_epi16, _mm256_slli_epi32, _mm256_srl_epi16,
-    _mm256_srl_epi32, _mm256_srli_epi32, _mm256_storeu_ps, _mm256_storeu_si256,
-    _mm256_unpackhi_epi32, _mm256_unpacklo_epi32,
+    _mm_prefetch, _mm256_add_epi8, _mm256_add_epi16, _mm256_add_epi32, _mm256_add_ps,
+    _mm256_and_si256, _mm256_andnot_ps, _mm256_andnot_si256, _mm256_blend_epi16,
+    _mm256_blendv_epi8, _mm256_blendv_ps, _mm256_broadcastsi128_si256, _mm256_castpd_ps,
+    _mm256_castps_pd, _mm256_castsi256_ps, _mm256_castsi256_si128, _mm256_cmp_ps,
+    _mm256_cmpgt_epi32, _mm256_cvtepi16_epi32, _mm256_cvtepi32_ps, _mm256_cvtps_epi32,
+    _mm256_div_ps, _mm256_extracti128_si256, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256,
+    _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_maskload_ps, _mm256_maskstore_ps,
+    _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps, _mm256_mullo_epi16, _mm256_or_si256,
+    _mm256_packs_epi16, _mm256_packs_epi32, _mm256_permute2x128_si256, _mm256_permute4x64_epi64,
+    _mm256_permute4x64_pd, _mm256_permutevar8x32_epi32, _mm256_permutevar8x32_ps, _mm256_rsqrt_ps,
+    _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi32, _mm256_setzero_si256,
+    _mm256_shuffle_epi8, _mm256_shuffle_ps, _mm256_slli_epi16, _mm256_slli_epi32,
+    _mm256_srai_epi32, _mm256_srl_epi16, _mm256_srl_epi32, _mm256_srli_epi32, _mm256_storeu_ps,
+    _mm256_storeu_si256, _mm256_unpackhi_epi32, _mm256_unpacklo_epi32,
 };
 
 use super::{Simd, Task};
@@ -28,10 +29,12 @@ impl Simd for Avx2 {
     const LANES: usize = 8;
     const REGISTERS: usize = 16;
     const LOOK_UP_CYCLES: [f64; 3] = [2.9, 4.7, 8.6];
+    const BYTE_LOOK_UP_CYCLES: [f64; 2] = [5.0, 8.0];
     const LOOK_UP_F32_CYCLES: [f64; 3] = [2.0, 3.8, 7.5];
     type F32 = __m256;
     type I16 = __m256i;
     type I32 = __m256i;
+    type I8 = __m256i;
 
     /// Asks if the CPU has AVX2 and FMA.
     fn new() -> Option<Self> {
@@ -75,6 +78,24 @@ impl Simd for Avx2 {
             let greater = _mm256_max_ps(b, a);
             _mm256_blendv_ps(greater, b, _mm256_cmp_ps::<_CMP_UNORD_Q>(b, b))
         }
+    }
+
+    #[inline(always)]
+    fn abs(self, a: __m256) -> __m256 {
+        // SAFETY: `self` proves AVX.
+        unsafe { _mm256_andnot_ps(_mm256_set1_ps(-0.0), a) }
+    }
+
+    #[inline(always)]
+    fn min(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: `self` proves AVX.
+        unsafe { _mm256_min_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn div(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: `self` proves AVX.
+        unsafe { _mm256_div_ps(a, b) }
     }
 
     #[inline(always)]
@@ -199,6 +220,15 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn round_zip_i16(self, even: __m256, odd: __m256) -> __m256i {
+        // SAFETY: `self` proves AVX2.
+        unsafe {
+            let odd = _mm256_slli_epi32::<16>(_mm256_cvtps_epi32(odd));
+            _mm256_blend_epi16::<ODD_LANES>(_mm256_cvtps_epi32(even), odd)
+        }
+    }
+
+    #[inline(always)]
     fn widen_i16(self, vector: __m256i) -> [__m256; 2] {
         // SAFETY: `self` proves AVX2.
         unsafe {
@@ -267,6 +297,86 @@ impl Simd for Avx2 {
                 _mm256_cvtepi32_ps(_mm256_permute2x128_si256::<0x31>(low, high)),
             ]
         }
+    }
+
+    #[inline(always)]
+    fn float_i32(self, vector: __m256i) -> __m256 {
+        // SAFETY: `self` proves AVX, which AVX2 includes.
+        unsafe { _mm256_cvtepi32_ps(vector) }
+    }
+
+    #[inline(always)]
+    fn pack_i8(self, vectors: [__m256i; 4]) -> __m256i {
+        // SAFETY: `self` proves AVX2.
+        unsafe {
+            let [a, b, c, d] = vectors;
+            let ab = _mm256_packs_epi32(_mm256_srai_epi32::<23>(a), _mm256_srai_epi32::<23>(b));
+            let cd = _mm256_packs_epi32(_mm256_srai_epi32::<23>(c), _mm256_srai_epi32::<23>(d));
+            let packed = _mm256_packs_epi16(ab, cd);
+            // Packing works within halves: each has four bytes of each vector.
+            let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+            _mm256_permutevar8x32_epi32(packed, order)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn look_up_i8<const ENTRIES: usize>(
+        self,
+        tables: *const i8,
+        indices: __m256i,
+    ) -> __m256i {
+        // SAFETY: `self` proves AVX2; the caller vouches for 4 * ENTRIES entries.
+        unsafe {
+            // A shuffle sees the lowest 4 bits, a blend the highest. A shuffle
+            // gives 0 where the highest bit is set: in the lanes of other tables.
+            let by_bit_4 = _mm256_slli_epi16::<3>(indices);
+            let mut found = _mm256_setzero_si256();
+            for table in 0..4 {
+                let others =
+                    _mm256_set1_epi32((0x8080_8080u32 ^ 0x80 << (8 * table)).cast_signed());
+                let indices = _mm256_or_si256(indices, others);
+                let sixteen = |i: usize| {
+                    let source = tables.add(table * ENTRIES + 16 * i);
+                    let entries = _mm256_broadcastsi128_si256(_mm_loadu_si128(source.cast()));
+                    _mm256_shuffle_epi8(entries, indices)
+                };
+                let entries = if ENTRIES == 32 {
+                    _mm256_blendv_epi8(sixteen(0), sixteen(1), by_bit_4)
+                } else {
+                    sixteen(0)
+                };
+                found = _mm256_or_si256(found, entries);
+            }
+            found
+        }
+    }
+
+    #[inline(always)]
+    fn add_i8(self, a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: `self` proves AVX2.
+        unsafe { _mm256_add_epi8(a, b) }
+    }
+
+    #[inline(always)]
+    fn dot_i8(self, weights: u32, a: __m256i, c: __m256i) -> __m256i {
+        // SAFETY: `self` proves AVX2.
+        unsafe {
+            // Two products have at most 2 * 127 * 127 < 2^15: nothing saturates.
+            let pairs = _mm256_maddubs_epi16(_mm256_set1_epi32(weights.cast_signed()), a);
+            _mm256_add_epi32(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)), c)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_i8(self, source: *const i8) -> __m256i {
+        // SAFETY: `self` proves AVX; the caller vouches for 32 readable values.
+        unsafe { _mm256_loadu_si256(source.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_i8(self, target: *mut i8, vector: __m256i) {
+        // SAFETY: `self` proves AVX; the caller vouches for 32 writable values.
+        unsafe { _mm256_storeu_si256(target.cast(), vector) }
     }
 
     #[inline(always)]

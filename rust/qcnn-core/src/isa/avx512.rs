@@ -1,28 +1,35 @@
-//! The AVX-512 levels, with and without VNNI.
+//! The AVX-512 levels, with and without VNNI and VBMI.
 
 use std::arch::x86_64::{
-    __m512, __m512i, __mmask16, _CMP_ORD_Q, _MM_HINT_T0, _mm_prefetch, _mm512_add_epi16,
-    _mm512_add_epi32, _mm512_add_ps, _mm512_castsi256_si512, _mm512_castsi512_si256,
-    _mm512_cmp_ps_mask, _mm512_cvtepi16_epi32, _mm512_cvtepi32_ps, _mm512_cvtps_epi32,
-    _mm512_cvtsepi32_epi16, _mm512_dpwssd_epi32, _mm512_extracti64x4_epi64, _mm512_fmadd_ps,
-    _mm512_inserti64x4, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_madd_epi16,
-    _mm512_mask_blend_epi16, _mm512_mask_blend_ps, _mm512_mask_max_ps, _mm512_mask_storeu_ps,
-    _mm512_maskz_loadu_ps, _mm512_mul_ps, _mm512_permutex2var_epi16, _mm512_permutex2var_epi32,
-    _mm512_permutex2var_ps, _mm512_permutexvar_epi16, _mm512_permutexvar_ps, _mm512_rsqrt14_ps,
-    _mm512_set1_epi16, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setr_epi32, _mm512_setzero_si512,
-    _mm512_slli_epi32, _mm512_srli_epi16, _mm512_srli_epi32, _mm512_storeu_ps, _mm512_storeu_si512,
-    _mm512_test_epi32_mask,
+    __m512, __m512i, __mmask16, _CMP_ORD_Q, _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch,
+    _mm512_abs_ps, _mm512_add_epi8, _mm512_add_epi16, _mm512_add_epi32, _mm512_add_ps,
+    _mm512_broadcast_i32x4, _mm512_castsi256_si512, _mm512_castsi512_si256, _mm512_cmp_ps_mask,
+    _mm512_cvtepi16_epi32, _mm512_cvtepi32_ps, _mm512_cvtps_epi32, _mm512_cvtsepi32_epi16,
+    _mm512_div_ps, _mm512_dpbusd_epi32, _mm512_dpwssd_epi32, _mm512_extracti64x4_epi64,
+    _mm512_fmadd_ps, _mm512_inserti64x4, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_madd_epi16,
+    _mm512_maddubs_epi16, _mm512_mask_blend_epi16, _mm512_mask_blend_ps, _mm512_mask_max_ps,
+    _mm512_mask_shuffle_epi8, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_min_ps,
+    _mm512_movepi8_mask, _mm512_mul_ps, _mm512_packs_epi16, _mm512_packs_epi32,
+    _mm512_permutex2var_epi8, _mm512_permutex2var_epi16, _mm512_permutex2var_epi32,
+    _mm512_permutex2var_ps, _mm512_permutexvar_epi8, _mm512_permutexvar_epi16,
+    _mm512_permutexvar_epi32, _mm512_permutexvar_ps, _mm512_rsqrt14_ps, _mm512_set1_epi16,
+    _mm512_set1_epi32, _mm512_set1_ps, _mm512_setr_epi32, _mm512_setzero_ps, _mm512_setzero_si512,
+    _mm512_shuffle_f32x4, _mm512_shuffle_ps, _mm512_slli_epi16, _mm512_slli_epi32,
+    _mm512_srai_epi32, _mm512_srli_epi16, _mm512_srli_epi32, _mm512_storeu_ps, _mm512_storeu_si512,
+    _mm512_test_epi32_mask, _mm512_unpackhi_ps, _mm512_unpacklo_ps,
 };
 
 use super::{Simd, Task};
 
-/// Token of an AVX-512 level. VNNI multiplies 16-bit integers and adds the
-/// products up in one instruction.
+/// Token of an AVX-512 level. VNNI multiplies 8- or 16-bit integers and adds the
+/// products up in one instruction, VBMI permutes bytes.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Avx512<const VNNI: bool>(());
+pub(crate) struct Avx512<const VNNI: bool, const VBMI: bool>(());
 
-impl<const VNNI: bool> Simd for Avx512<VNNI> {
-    const NAME: &'static str = if VNNI {
+impl<const VNNI: bool, const VBMI: bool> Simd for Avx512<VNNI, VBMI> {
+    const NAME: &'static str = if VBMI {
+        "x86_64-avx512vbmi"
+    } else if VNNI {
         "x86_64-avx512vnni"
     } else {
         "x86_64-avx512"
@@ -30,10 +37,12 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     const LANES: usize = 16;
     const REGISTERS: usize = 32;
     const LOOK_UP_CYCLES: [f64; 3] = [2.0, 2.0, 2.2];
+    const BYTE_LOOK_UP_CYCLES: [f64; 2] = if VBMI { [1.35, 2.1] } else { [5.0, 14.0] };
     const LOOK_UP_F32_CYCLES: [f64; 3] = [2.5, 2.7, 3.6];
     type F32 = __m512;
     type I16 = __m512i;
     type I32 = __m512i;
+    type I8 = __m512i;
 
     /// Asks if the CPU has AVX-512 F, BW, DQ and VL, and AVX2 and FMA.
     ///
@@ -46,23 +55,32 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
             && is_x86_feature_detected!("avx512vl")
             && is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
-            && (!VNNI || is_x86_feature_detected!("avx512vnni")))
+            && (!VNNI || is_x86_feature_detected!("avx512vnni"))
+            && (!VBMI || is_x86_feature_detected!("avx512vbmi")))
         .then_some(Self(()))
     }
 
     #[inline(always)]
     fn call<T: Task>(self, task: T) -> T::Output {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-        fn plain<T: Task, const VNNI: bool>(simd: Avx512<VNNI>, task: T) -> T::Output {
+        fn plain<T: Task, S: Simd>(simd: S, task: T) -> T::Output {
             task.run(simd)
         }
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512vnni")]
-        fn vnni<T: Task, const VNNI: bool>(simd: Avx512<VNNI>, task: T) -> T::Output {
+        fn vnni<T: Task, S: Simd>(simd: S, task: T) -> T::Output {
+            task.run(simd)
+        }
+        #[target_feature(
+            enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512vnni,avx512vbmi"
+        )]
+        fn vbmi<T: Task, S: Simd>(simd: S, task: T) -> T::Output {
             task.run(simd)
         }
         // SAFETY: `self` exists, so `new` has found all these features.
         unsafe {
-            if VNNI {
+            if VBMI {
+                vbmi(self, task)
+            } else if VNNI {
                 vnni(self, task)
             } else {
                 plain(self, task)
@@ -98,6 +116,24 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
             let number = _mm512_cmp_ps_mask::<_CMP_ORD_Q>(b, b);
             _mm512_mask_max_ps(b, number, b, a)
         }
+    }
+
+    #[inline(always)]
+    fn abs(self, a: __m512) -> __m512 {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe { _mm512_abs_ps(a) }
+    }
+
+    #[inline(always)]
+    fn min(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe { _mm512_min_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn div(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe { _mm512_div_ps(a, b) }
     }
 
     #[inline(always)]
@@ -209,6 +245,15 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     }
 
     #[inline(always)]
+    fn round_zip_i16(self, even: __m512, odd: __m512) -> __m512i {
+        // SAFETY: `self` proves AVX-512 BW.
+        unsafe {
+            let odd = _mm512_slli_epi32::<16>(_mm512_cvtps_epi32(odd));
+            _mm512_mask_blend_epi16(ODD_LANES, _mm512_cvtps_epi32(even), odd)
+        }
+    }
+
+    #[inline(always)]
     fn widen_i16(self, vector: __m512i) -> [__m512; 2] {
         // SAFETY: `self` proves AVX-512 F.
         unsafe {
@@ -280,6 +325,156 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
             let low = _mm512_permutex2var_epi32(even, low, odd);
             let high = _mm512_permutex2var_epi32(even, high, odd);
             [_mm512_cvtepi32_ps(low), _mm512_cvtepi32_ps(high)]
+        }
+    }
+
+    #[inline(always)]
+    fn float_i32(self, vector: __m512i) -> __m512 {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe { _mm512_cvtepi32_ps(vector) }
+    }
+
+    #[inline(always)]
+    fn pack_i8(self, vectors: [__m512i; 4]) -> __m512i {
+        // SAFETY: `self` proves AVX-512 BW. The index has one element per lane.
+        unsafe {
+            let [a, b, c, d] = vectors;
+            let ab = _mm512_packs_epi32(_mm512_srai_epi32::<23>(a), _mm512_srai_epi32::<23>(b));
+            let cd = _mm512_packs_epi32(_mm512_srai_epi32::<23>(c), _mm512_srai_epi32::<23>(d));
+            let packed = _mm512_packs_epi16(ab, cd);
+            // Packing works within quarters: quarter i has four bytes of each.
+            let order = _mm512_loadu_si512(UNPACKED.as_ptr().cast());
+            _mm512_permutexvar_epi32(order, packed)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn look_up_i8<const ENTRIES: usize>(
+        self,
+        tables: *const i8,
+        indices: __m512i,
+    ) -> __m512i {
+        // SAFETY: `self` proves AVX-512 BW, and VBMI where it is used; the caller
+        // vouches for 4 * ENTRIES entries, 64 in a vector. Shuffles of 16 see the
+        // lowest 4 bits.
+        unsafe {
+            let first = || _mm512_loadu_si512(tables.cast());
+            if VBMI && ENTRIES == 16 {
+                return _mm512_permutexvar_epi8(indices, first());
+            }
+            if VBMI {
+                let second = _mm512_loadu_si512(tables.add(64).cast());
+                return _mm512_permutex2var_epi8(first(), indices, second);
+            }
+            let sixteen = |i: usize| {
+                let table = _mm_loadu_si128(tables.add(16 * i).cast());
+                _mm512_broadcast_i32x4(table)
+            };
+            // Which lanes have bit 4 of their index set.
+            let upper = _mm512_movepi8_mask(_mm512_slli_epi16::<3>(indices));
+            let mut found = _mm512_setzero_si512();
+            for table in 0..4 {
+                let lanes = EACH_FOURTH << table;
+                let first = sixteen(table * ENTRIES / 16);
+                found = _mm512_mask_shuffle_epi8(found, lanes, first, indices);
+                if ENTRIES == 32 {
+                    let second = sixteen(table * 2 + 1);
+                    found = _mm512_mask_shuffle_epi8(found, lanes & upper, second, indices);
+                }
+            }
+            found
+        }
+    }
+
+    #[inline(always)]
+    fn add_i8(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: `self` proves AVX-512 BW.
+        unsafe { _mm512_add_epi8(a, b) }
+    }
+
+    #[inline(always)]
+    fn dot_i8(self, weights: u32, a: __m512i, c: __m512i) -> __m512i {
+        // SAFETY: `self` proves AVX-512 BW, and VNNI where it is used.
+        unsafe {
+            let weights = _mm512_set1_epi32(weights.cast_signed());
+            if VNNI {
+                _mm512_dpbusd_epi32(c, weights, a)
+            } else {
+                // Two products have at most 2 * 127 * 127 < 2^15: nothing
+                // saturates.
+                let pairs = _mm512_maddubs_epi16(weights, a);
+                _mm512_add_epi32(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)), c)
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_i8(self, source: *const i8) -> __m512i {
+        // SAFETY: `self` proves AVX-512 F; the caller vouches for 64 readable values.
+        unsafe { _mm512_loadu_si512(source.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_i8(self, target: *mut i8, vector: __m512i) {
+        // SAFETY: `self` proves AVX-512 F; the caller vouches for 64 writable values.
+        unsafe { _mm512_storeu_si512(target.cast(), vector) }
+    }
+
+    // Plain index loops, see `tile`.
+    #[allow(clippy::needless_range_loop)]
+    #[inline(always)]
+    unsafe fn transpose(
+        self,
+        source: *const f32,
+        source_stride: usize,
+        target: *mut f32,
+        target_stride: usize,
+        [rows, columns]: [usize; 2],
+    ) {
+        // SAFETY: `self` proves AVX-512 F and DQ; the caller vouches for 16 rows of 16
+        // readable values and for what is written.
+        unsafe {
+            // Lane l of quarter q of vector 4 * a + b: row 4 * a + b, column 4 * q + l.
+            let mut v = [_mm512_setzero_ps(); 16];
+            for i in 0..16 {
+                v[i] = _mm512_loadu_ps(source.add(i * source_stride));
+            }
+            // Quarters of 4 x 4: vector 4 * a + l has rows 4 * a + lane, columns
+            // 4 * q + l.
+            for a in 0..4 {
+                let low = _mm512_unpacklo_ps(v[4 * a], v[4 * a + 1]);
+                let high = _mm512_unpackhi_ps(v[4 * a], v[4 * a + 1]);
+                let next_low = _mm512_unpacklo_ps(v[4 * a + 2], v[4 * a + 3]);
+                let next_high = _mm512_unpackhi_ps(v[4 * a + 2], v[4 * a + 3]);
+                v[4 * a] = _mm512_shuffle_ps::<0b01_00_01_00>(low, next_low);
+                v[4 * a + 1] = _mm512_shuffle_ps::<0b11_10_11_10>(low, next_low);
+                v[4 * a + 2] = _mm512_shuffle_ps::<0b01_00_01_00>(high, next_high);
+                v[4 * a + 3] = _mm512_shuffle_ps::<0b11_10_11_10>(high, next_high);
+            }
+            // Then the quarters themselves.
+            for l in 0..4 {
+                let [a, b, c, d] = [v[l], v[4 + l], v[8 + l], v[12 + l]];
+                let ab = _mm512_shuffle_f32x4::<0b10_00_10_00>(a, b);
+                let cd = _mm512_shuffle_f32x4::<0b10_00_10_00>(c, d);
+                v[l] = _mm512_shuffle_f32x4::<0b10_00_10_00>(ab, cd);
+                v[8 + l] = _mm512_shuffle_f32x4::<0b11_01_11_01>(ab, cd);
+                let ab = _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b);
+                let cd = _mm512_shuffle_f32x4::<0b11_01_11_01>(c, d);
+                v[4 + l] = _mm512_shuffle_f32x4::<0b10_00_10_00>(ab, cd);
+                v[12 + l] = _mm512_shuffle_f32x4::<0b11_01_11_01>(ab, cd);
+            }
+            if [rows, columns] == [16, 16] {
+                for i in 0..16 {
+                    _mm512_storeu_ps(target.add(i * target_stride), v[i]);
+                }
+                return;
+            }
+            for i in 0..16 {
+                if i < rows {
+                    let target = target.add(i * target_stride);
+                    _mm512_mask_storeu_ps(target, first_lanes(columns), v[i]);
+                }
+            }
         }
     }
 
@@ -360,6 +555,12 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         unsafe { _mm512_storeu_si512(target.cast(), vector) }
     }
 }
+
+/// Every fourth lane of 8 bits.
+const EACH_FOURTH: u64 = 0x1111_1111_1111_1111;
+
+/// Lanes of 32 bits, the first of each quarter, then the second, and so on.
+const UNPACKED: [i32; 16] = [0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15];
 
 /// Every second lane of 16 bits.
 const ODD_LANES: u32 = 0xaaaa_aaaa;

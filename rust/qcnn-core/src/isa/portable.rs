@@ -15,11 +15,14 @@ impl<const N: usize> Simd for Portable<N> {
     const LANES: usize = N;
     const REGISTERS: usize = 16;
     const LOOK_UP_CYCLES: [f64; 3] = [12.0 * N as f64; 3];
+    const BYTE_LOOK_UP_CYCLES: [f64; 2] = [12.0 * N as f64; 2];
     const LOOK_UP_F32_CYCLES: [f64; 3] = [6.0 * N as f64; 3];
     type F32 = [f32; N];
     /// The lower and the upper half.
     type I16 = [[i16; N]; 2];
     type I32 = [i32; N];
+    /// Four for each lane of 32 bits.
+    type I8 = [[i8; 4]; N];
 
     /// Every CPU has this level.
     fn new() -> Option<Self> {
@@ -55,6 +58,21 @@ impl<const N: usize> Simd for Portable<N> {
                 a[i]
             }
         })
+    }
+
+    #[inline(always)]
+    fn abs(self, a: [f32; N]) -> [f32; N] {
+        a.map(f32::abs)
+    }
+
+    #[inline(always)]
+    fn min(self, a: [f32; N], b: [f32; N]) -> [f32; N] {
+        std::array::from_fn(|i| if b[i] < a[i] { b[i] } else { a[i] })
+    }
+
+    #[inline(always)]
+    fn div(self, a: [f32; N], b: [f32; N]) -> [f32; N] {
+        std::array::from_fn(|i| a[i] / b[i])
     }
 
     #[inline(always)]
@@ -154,6 +172,17 @@ impl<const N: usize> Simd for Portable<N> {
     }
 
     #[inline(always)]
+    fn round_zip_i16(self, even: [f32; N], odd: [f32; N]) -> [[i16; N]; 2] {
+        let [even, odd] = self.round_i16(even, odd);
+        std::array::from_fn(|half| {
+            std::array::from_fn(|i| {
+                let lane = half * N + i;
+                [even, odd][lane % 2][lane / 2]
+            })
+        })
+    }
+
+    #[inline(always)]
     fn widen_i16(self, vector: [[i16; N]; 2]) -> [[f32; N]; 2] {
         vector.map(|half| half.map(f32::from))
     }
@@ -219,6 +248,59 @@ impl<const N: usize> Simd for Portable<N> {
                 [even, odd][lane % 2][lane / 2] as f32
             })
         })
+    }
+
+    #[inline(always)]
+    fn float_i32(self, vector: [i32; N]) -> [f32; N] {
+        vector.map(|x| x as f32)
+    }
+
+    #[inline(always)]
+    fn pack_i8(self, vectors: [[i32; N]; 4]) -> [[i8; 4]; N] {
+        let lanes = vectors.as_flattened();
+        std::array::from_fn(|i| std::array::from_fn(|j| (lanes[4 * i + j] >> 23) as i8))
+    }
+
+    #[inline(always)]
+    unsafe fn look_up_i8<const ENTRIES: usize>(
+        self,
+        tables: *const i8,
+        indices: [[i8; 4]; N],
+    ) -> [[i8; 4]; N] {
+        indices.map(|indices| {
+            std::array::from_fn(|j| {
+                let entry = usize::from(indices[j].cast_unsigned()) % ENTRIES;
+                // SAFETY: j < 4 and entry < ENTRIES.
+                unsafe { *tables.add(j * ENTRIES + entry) }
+            })
+        })
+    }
+
+    #[inline(always)]
+    fn add_i8(self, a: [[i8; 4]; N], b: [[i8; 4]; N]) -> [[i8; 4]; N] {
+        std::array::from_fn(|i| std::array::from_fn(|j| a[i][j].wrapping_add(b[i][j])))
+    }
+
+    #[inline(always)]
+    fn dot_i8(self, weights: u32, a: [[i8; 4]; N], c: [i32; N]) -> [i32; N] {
+        let weights = weights.to_le_bytes();
+        std::array::from_fn(|i| {
+            let products = a[i].iter().zip(weights);
+            let products = products.map(|(a, weight)| i32::from(*a) * i32::from(weight));
+            products.fold(c[i], i32::wrapping_add)
+        })
+    }
+
+    #[inline(always)]
+    unsafe fn load_i8(self, source: *const i8) -> [[i8; 4]; N] {
+        // SAFETY: the caller vouches for 4 * N readable values.
+        unsafe { source.cast::<[[i8; 4]; N]>().read_unaligned() }
+    }
+
+    #[inline(always)]
+    unsafe fn store_i8(self, target: *mut i8, vector: [[i8; 4]; N]) {
+        // SAFETY: the caller vouches for 4 * N writable values.
+        unsafe { target.cast::<[[i8; 4]; N]>().write_unaligned(vector) }
     }
 
     #[inline(always)]

@@ -168,6 +168,18 @@ impl<S: Simd> Kernel for Gemm16Conv<S> {
     }
 
     fn run(&self, n: usize, input: &[f32], output: &mut [f32], scratch: &mut [f32]) {
+        self.images(n, input, output, scratch, f32::NEG_INFINITY);
+    }
+
+    fn run_relu(&self, n: usize, input: &[f32], output: &mut [f32], scratch: &mut [f32]) -> bool {
+        self.images(n, input, output, scratch, 0.0);
+        true
+    }
+}
+
+impl<S: Simd> Gemm16Conv<S> {
+    /// Responses of `n` images, not less than `floor`.
+    fn images(&self, n: usize, input: &[f32], output: &mut [f32], scratch: &mut [f32], floor: f32) {
         let g = &self.geometry;
         let group_in = g.group_in_channels() * g.in_pixels();
         let group_out = g.group_out_channels() * g.out_pixels();
@@ -208,20 +220,18 @@ impl<S: Simd> Kernel for Gemm16Conv<S> {
                     planes,
                     packed,
                 });
-                self.products(i % g.groups, &columns, packed, unit, output);
+                self.products(i % g.groups, &columns, packed, [unit, floor], output);
             }
         }
     }
-}
 
-impl<S: Simd> Gemm16Conv<S> {
     /// Compute some columns of one group of one image.
     fn products(
         &self,
         group: usize,
         columns: &Range<usize>,
         packed: &[i16],
-        unit: f32,
+        [unit, floor]: [f32; 2],
         output: &mut [f32],
     ) {
         let g = &self.geometry;
@@ -239,6 +249,7 @@ impl<S: Simd> Gemm16Conv<S> {
                     columns: &packed[i * panel_len..][..panel_len],
                     pairs,
                     unit,
+                    floor,
                     units: &self.units[of_group + outputs.start..of_group + outputs.end],
                     bias: &self.bias[of_group + outputs.start..of_group + outputs.end],
                     positions: column..(column + panel_columns::<S>()).min(columns.end),
@@ -366,6 +377,8 @@ struct Product<'a> {
     pairs: usize,
     /// What 1 stands for in the inputs.
     unit: f32,
+    /// The least response.
+    floor: f32,
     /// What 1 stands for in the weights of each output.
     units: &'a [f32],
     bias: &'a [f32],
@@ -431,7 +444,10 @@ impl<const R: usize> Task for Rows<'_, R> {
                     .iter_mut()
                     .zip(&responses[position - p.positions.start..])
                 {
-                    *y = response * unit + bias;
+                    let response = response * unit + bias;
+                    // False for NaN.
+                    let is_less = response < p.floor;
+                    *y = if is_less { p.floor } else { response };
                 }
                 position += run;
             }

@@ -10,6 +10,7 @@
 //! An image's response does not depend on the batch it comes in: every kernel
 //! sums in the same order for one image and for many.
 
+mod channels;
 mod entry;
 mod gemm16;
 mod permute;
@@ -30,6 +31,7 @@ use crate::ops::conv::{DirectConv, GemmConv};
 use crate::ops::fc::GemmFc;
 use crate::pack::Codes;
 use crate::precision::Precision;
+use channels::ChannelsConv;
 use gemm16::Gemm16Conv;
 use permute::PermuteFc;
 use pixels::PixelsConv;
@@ -55,6 +57,12 @@ pub trait Kernel: Debug + Send + Sync {
     ///
     /// If a slice is too short.
     fn run(&self, n: usize, input: &[f32], output: &mut [f32], scratch: &mut [f32]);
+
+    /// As [`run`](Self::run), and apply ReLU to the responses while they are at
+    /// hand. Kernels that gain nothing by that return false and do nothing.
+    fn run_relu(&self, _: usize, _: &[f32], _: &mut [f32], _: &mut [f32]) -> bool {
+        false
+    }
 }
 
 /// Weights of a layer as the network stores them.
@@ -221,6 +229,7 @@ fn conv_kernels_of<'a, S: Simd>(
     simd: S,
     precision: Precision,
 ) -> Vec<Candidate<'a>> {
+    let int8 = [ChannelsConv::candidate(simd, layer)];
     let fast = [
         RowsConv::<_, Short>::candidate(simd, layer),
         Gemm16Conv::candidate(simd, layer),
@@ -232,9 +241,10 @@ fn conv_kernels_of<'a, S: Simd>(
         DirectConv::candidate(simd, layer),
         Some(GemmConv::candidate(simd, layer)),
     ];
-    let mut candidates: Vec<_> = fast
+    let mut candidates: Vec<_> = int8
         .into_iter()
-        .filter(|_| precision == Precision::Fast)
+        .filter(|_| precision >= Precision::Int8)
+        .chain(fast.into_iter().filter(|_| precision >= Precision::Fast))
         .chain(exact)
         .flatten()
         .collect();
@@ -276,7 +286,7 @@ fn fc_kernels_of<'a, S: Simd>(
     ];
     let mut candidates: Vec<_> = fast
         .into_iter()
-        .filter(|_| precision == Precision::Fast)
+        .filter(|_| precision >= Precision::Fast)
         .chain(exact)
         .flatten()
         .collect();

@@ -97,17 +97,17 @@ pub(crate) struct PermuteFc<S, E: Entry> {
 /// lanes make two.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(64))]
-struct Line<L>([L; 32]);
+pub(super) struct Line<L>(pub(super) [L; 32]);
 
 impl<L: Lane> Line<L> {
-    fn flatten(lines: &[Self]) -> &[L] {
+    pub(super) fn flatten(lines: &[Self]) -> &[L] {
         // SAFETY: a `Line` is 32 lanes without padding (`repr(C)`, 64 or 128
         // bytes), so the lines are that many lanes in a row, borrowed as long as
         // the slice lives.
         unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), lines.len() * 32) }
     }
 
-    fn flatten_mut(lines: &mut [Self]) -> &mut [L] {
+    pub(super) fn flatten_mut(lines: &mut [Self]) -> &mut [L] {
         // SAFETY: as in `flatten`, and the borrow is exclusive.
         unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * 32) }
     }

@@ -76,6 +76,8 @@ pub(super) trait Cell: Debug + Send + Sync + Sized + 'static {
     const VECTORS: usize;
     /// Terms that may be summed before they go to the accumulators.
     const MAX_TERMS: Option<usize>;
+    /// How often they may.
+    const MAX_BATCHES: usize;
 
     /// Codewords whose table rows are built together.
     fn panel_rows<S: Simd>() -> usize;
@@ -342,7 +344,7 @@ fn cost<S: Simd, C: Cell>(
     let lanes = lanes::<S, C>();
     let table_rows = pq.n_centroids.next_multiple_of(C::panel_rows::<S>());
     let table_bytes = table_rows * row_len::<C>(phases, cut, lanes) * size_of::<C::Element>();
-    if u16::try_from(table_bytes / OFFSET_BYTES).is_err() || !short::possible(batches.len()) {
+    if u16::try_from(table_bytes / OFFSET_BYTES).is_err() || batches.len() > C::MAX_BATCHES {
         return None;
     }
     let passes = || batches.iter().flat_map(|batch| &batch.passes);

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::entry::Entry;
-use super::{Candidate, ConvLayer, FcLayer, Kernel, Weights, scalar};
+use super::{Candidate, ConvLayer, FcLayer, Kernel, Weights, channels, scalar};
 use super::{conv_kernels, conv_kernels_of, fc_kernels, fc_kernels_of};
 use crate::geometry::ConvGeometry;
 use crate::graph::PqGeometry;
@@ -135,6 +135,8 @@ struct Expected {
     magnitudes: Vec<f32>,
     /// For float32 kernels.
     tolerances: Vec<f32>,
+    /// What 8-bit tables may add to that.
+    byte_tolerances: Vec<f32>,
 }
 
 impl Expected {
@@ -158,6 +160,7 @@ impl Expected {
             values: run(dense, bias, input),
             tolerances: magnitudes.iter().map(|m| m * factor).collect(),
             magnitudes,
+            byte_tolerances: Vec::new(),
         }
     }
 
@@ -171,7 +174,9 @@ impl Expected {
         // The scale of 16-bit kernels follows the greatest values of an image.
         let reduced = kernel.name().contains("-i16-");
         let tolerance = |i: usize| {
-            if reduced {
+            if kernel.name().contains("-i8-") {
+                self.tolerances[i] + self.byte_tolerances[i]
+            } else if reduced {
                 let len = output.len() / n;
                 let image = &self.magnitudes[i / len * len..][..len];
                 2e-3 * image.iter().fold(0.0, |a: f32, b| a.max(*b))
@@ -191,6 +196,15 @@ impl Expected {
                 self.values[i],
                 tolerance(i)
             ));
+        }
+        let mut relu = vec![f32::NAN; output.len()];
+        if kernel.run_relu(n, input, &mut relu, &mut scratch) {
+            for (relu, y) in relu.iter_mut().zip(&output) {
+                *relu -= y.max(0.0);
+            }
+            if relu.iter().any(|difference| *difference != 0.0) {
+                return Err(format!("{}: ReLU makes a difference", kernel.name()));
+            }
         }
         // Alone, an image gives the same bits as in the batch, whatever large
         // numbers the scratch holds.
@@ -246,12 +260,12 @@ impl Default for ConvCase {
 fn all_conv_kernels<'a>(layer: &'a ConvLayer<'a>) -> Vec<Candidate<'a>> {
     let isas = Isa::available().into_iter();
     let mut kernels: Vec<_> = isas
-        .flat_map(|isa| conv_kernels(layer, isa, Precision::Fast))
+        .flat_map(|isa| conv_kernels(layer, isa, Precision::Int8))
         .collect();
     kernels.extend(conv_kernels_of(
         layer,
         Portable::<16>::new().unwrap(),
-        Precision::Fast,
+        Precision::Int8,
     ));
     kernels
 }
@@ -260,14 +274,76 @@ fn all_conv_kernels<'a>(layer: &'a ConvLayer<'a>) -> Vec<Candidate<'a>> {
 fn all_fc_kernels<'a>(layer: &'a FcLayer<'a>) -> Vec<Candidate<'a>> {
     let isas = Isa::available().into_iter();
     let mut kernels: Vec<_> = isas
-        .flat_map(|isa| fc_kernels(layer, isa, Precision::Fast))
+        .flat_map(|isa| fc_kernels(layer, isa, Precision::Int8))
         .collect();
     kernels.extend(fc_kernels_of(
         layer,
         Portable::<16>::new().unwrap(),
-        Precision::Fast,
+        Precision::Int8,
     ));
     kernels
+}
+
+/// The documented bounds of the errors of 8-bit tables, for each output; nothing
+/// for dense layers.
+fn byte_tolerances(layer: &ConvLayer<'_>, n: usize, input: &[f32]) -> Vec<f32> {
+    let Weights::ProductQuantized {
+        geometry: pq,
+        codebooks,
+        ..
+    } = layer.weights
+    else {
+        return Vec::new();
+    };
+    let g = layer.geometry;
+    let (channels, dim) = (g.group_in_channels(), pq.subvector_dim);
+    // For each set and channel the greatest component of a codeword.
+    let peaks: Vec<f32> = (0..pq.codebook_groups)
+        .flat_map(|set| {
+            (0..channels).map(move |c| {
+                let codebook = (set * pq.n_subspaces + c / dim) * pq.n_centroids * dim;
+                let components = codebooks[codebook..][..pq.n_centroids * dim].iter();
+                let components = components.skip(c % dim).step_by(dim);
+                components.fold(0.0, |peak: f32, c| peak.max(c.abs()))
+            })
+        })
+        .collect();
+    let set_peaks = |group: usize| &peaks[group % pq.codebook_groups * channels..][..channels];
+    // The sum of the bounds of all subspaces and taps, which every output has.
+    let weights: Vec<f32> = (0..g.out_channels)
+        .flat_map(|o| set_peaks(o / g.group_out_channels()))
+        .flat_map(|peak| std::iter::repeat_n(*peak, g.taps()))
+        .collect();
+    let magnitudes: Vec<f32> = input.iter().map(|x| x.abs()).collect();
+    let bounds = ConvLayer {
+        geometry: g,
+        weights: Weights::Dense(&weights),
+        bias: None,
+    };
+    let mut sums = vec![0.0; n * g.out_channels * g.out_pixels()];
+    scalar::conv(&bounds, n, &magnitudes, &mut sums);
+    // The greatest bound of a pair is at most the greatest of all subspaces.
+    let group_outputs = g.group_out_channels() * g.out_pixels();
+    let greatest = magnitudes.chunks_exact(channels * g.in_pixels());
+    let greatest = greatest.enumerate().map(|(i, group)| {
+        (0..g.in_pixels())
+            .map(|pixel| {
+                let pixels = group[pixel..].iter().step_by(g.in_pixels());
+                let products = pixels.zip(set_peaks(i % g.groups));
+                products.map(|(x, peak)| x * peak).sum::<f32>()
+            })
+            .fold(0.0, f32::max)
+    });
+    let limit = channels::limit(dim);
+    let rounding = 0.5 + dim as f32 / 256.0;
+    let pairs = (g.taps() * pq.n_subspaces.div_ceil(8) * 4) as f32;
+    for (sums, greatest) in sums.chunks_exact_mut(group_outputs).zip(greatest) {
+        let step = greatest / (127.0 * limit);
+        for sum in sums {
+            *sum = 2.0 * rounding * (*sum / limit + pairs * step) * 1.001;
+        }
+    }
+    sums
 }
 
 impl ConvCase {
@@ -303,7 +379,7 @@ impl ConvCase {
             bias: parameters.bias.as_deref(),
         };
         let terms = geometry.group_in_channels() * geometry.taps();
-        let expected = Expected::new(
+        let mut expected = Expected::new(
             &layer.decode(),
             layer.bias,
             &input,
@@ -319,6 +395,7 @@ impl ConvCase {
                 output
             },
         );
+        expected.byte_tolerances = byte_tolerances(&layer, self.n, &input);
         let failures: Vec<String> = all_conv_kernels(&layer)
             .iter()
             .filter_map(|kernel| expected.check(&*kernel.build(), self.n, &input).err())
@@ -793,6 +870,133 @@ fn fc_16_bit_special_inputs() {
     for special in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         input[123] = special;
         for (name, output) in permuted(&parameters, 70, &input) {
+            let finite = output.iter().any(|y| y.is_finite());
+            assert!(!finite, "{name} {special}: {output:?}");
+        }
+    }
+}
+
+/// The responses of every kernel with 8-bit tables to one image.
+fn byte_responses(layer: &ConvLayer<'_>, input: &[f32]) -> Vec<(String, Vec<f32>)> {
+    let g = layer.geometry;
+    let kernels = all_conv_kernels(layer);
+    let kernels = kernels.into_iter().map(|kernel| kernel.build());
+    let responses: Vec<_> = kernels
+        .filter(|kernel| kernel.name().ends_with("-i8-channels"))
+        .map(|kernel| {
+            let mut output = vec![f32::NAN; g.out_channels * g.out_pixels()];
+            let mut scratch = vec![f32::NAN; kernel.scratch_len(1)];
+            kernel.run(1, input, &mut output, &mut scratch);
+            (kernel.name().to_owned(), output)
+        })
+        .collect();
+    assert!(responses.len() > Isa::available().len());
+    responses
+}
+
+/// A convolution of Gaussian codewords, for [`byte_responses`].
+fn gaussian_conv(geometry: &ConvGeometry, pq: Option<Pq>) -> Parameters {
+    let mut random = Random(6);
+    let extents = [
+        geometry.out_channels,
+        geometry.group_in_channels(),
+        geometry.taps(),
+        geometry.groups,
+    ];
+    let mut parameters = Parameters::new(&mut random, extents, pq, true);
+    parameters.floats.fill_with(|| random.gaussian());
+    parameters
+}
+
+#[test]
+fn conv_8_bit_errors_are_small_and_the_same_on_all_levels() {
+    let geometry =
+        ConvGeometry::new("x", [64, 9, 11], 40, [3, 3], [1, 1], [1, 1], [1; 4], 1).unwrap();
+    // The longer the sub-vectors, the less tight are the bounds.
+    for (pq, limit) in [
+        (pq(16, 4), 1.5e-2),
+        (pq(32, 4), 1.5e-2),
+        (pq(32, 8), 2.5e-2),
+    ] {
+        let mut parameters = gaussian_conv(&geometry, pq);
+        parameters.bias = None;
+        let layer = ConvLayer {
+            geometry: &geometry,
+            weights: parameters.weights(),
+            bias: None,
+        };
+        let mut random = Random(7);
+        for sparsity in [-10.0, 0.0, 1.0] {
+            let input: Vec<f32> = (0..64 * 99)
+                .map(|_| (random.gaussian() - sparsity).max(0.0))
+                .collect();
+            // Neither tiny nor huge inputs lose anything.
+            for unit in [1e-20, 1.0, 1e20] {
+                let input: Vec<f32> = input.iter().map(|x| x * unit).collect();
+                let mut expected = vec![0.0; 40 * 99];
+                scalar::conv(&layer, 1, &input, &mut expected);
+                let responses = byte_responses(&layer, &input);
+                for (name, output) in &responses {
+                    let difference: Vec<f32> = output
+                        .iter()
+                        .zip(&expected)
+                        .map(|(y, expected)| y - expected)
+                        .collect();
+                    let relative = norm(&difference) / norm(&expected);
+                    assert!(
+                        relative < limit,
+                        "{name} {pq:?} {sparsity} {unit}: {relative}"
+                    );
+                    assert_eq!(*output, responses[0].1, "{name}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn conv_8_bit_sums_do_not_overflow() {
+    // One codeword, the greatest products at every pixel and tap.
+    let geometry =
+        ConvGeometry::new("x", [80, 5, 5], 3, [5, 5], [1, 1], [1, 1], [0; 4], 1).unwrap();
+    let mut parameters = gaussian_conv(&geometry, pq(1, 8));
+    for sign in [1.0, -1.0] {
+        parameters.floats.fill(sign);
+        let layer = ConvLayer {
+            geometry: &geometry,
+            weights: parameters.weights(),
+            bias: None,
+        };
+        let input = vec![1.0; 80 * 25];
+        for (name, output) in byte_responses(&layer, &input) {
+            for y in output {
+                let error = (y * sign - 2000.0).abs() / 2000.0;
+                assert!(error < 8e-3, "{name}: {y}");
+            }
+        }
+    }
+}
+
+#[test]
+fn conv_8_bit_special_inputs() {
+    let geometry = ConvGeometry::new("x", [7, 6, 5], 5, [2, 2], [1, 1], [1, 1], [1; 4], 1).unwrap();
+    let parameters = gaussian_conv(&geometry, pq(9, 3));
+    let layer = ConvLayer {
+        geometry: &geometry,
+        weights: parameters.weights(),
+        bias: parameters.bias.as_deref(),
+    };
+    let mut input = vec![0.0; 7 * 30];
+    for (name, output) in byte_responses(&layer, &input) {
+        let bias = parameters.bias.as_ref().unwrap();
+        for (channel, bias) in output.chunks_exact(geometry.out_pixels()).zip(bias) {
+            assert_eq!(channel, vec![*bias; channel.len()], "{name}");
+        }
+    }
+    input.fill(0.5);
+    for special in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        input[123] = special;
+        for (name, output) in byte_responses(&layer, &input) {
             let finite = output.iter().any(|y| y.is_finite());
             assert!(!finite, "{name} {special}: {output:?}");
         }

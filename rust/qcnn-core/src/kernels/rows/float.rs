@@ -31,6 +31,7 @@ impl<const W: usize> Cell for Float<W> {
     const HALVES: usize = W;
     const VECTORS: usize = W;
     const MAX_TERMS: Option<usize> = None;
+    const MAX_BATCHES: usize = usize::MAX;
 
     fn panel_rows<S: Simd>() -> usize {
         tile_rows::<S>()

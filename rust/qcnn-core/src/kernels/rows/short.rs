@@ -88,6 +88,7 @@ impl Cell for Short {
     const HALVES: usize = 2;
     const VECTORS: usize = 1;
     const MAX_TERMS: Option<usize> = Some(MAX_TERMS);
+    const MAX_BATCHES: usize = MAX_WEIGHTS / 2;
 
     /// With 2 vectors each, the sums take half of the registers.
     fn panel_rows<S: Simd>() -> usize {
@@ -344,11 +345,6 @@ impl Short {
             f32::NAN
         }
     }
-}
-
-/// Whether sums of so many batches have 32 bits.
-pub(super) fn possible(n_batches: usize) -> bool {
-    n_batches <= MAX_WEIGHTS / 2
 }
 
 impl Codebook {
