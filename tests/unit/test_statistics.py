@@ -155,7 +155,7 @@ def test_shards_merge() -> None:
 def test_merge_refuses_other_layers() -> None:
     with pytest.raises(ShapeError, match=r"\(1, 3, 2\), expected .* \(1, 2, 3\)"):
         SecondMoments(1, 2, 3).merge(SecondMoments(1, 3, 2))
-    with pytest.raises(ShapeError, match="Samples has .*, expected SecondMoments of"):
+    with pytest.raises(ShapeError, match=r"Samples has .*, expected SecondMoments of"):
         SecondMoments(1, 2, 3).merge(Samples(2, 3))
     with pytest.raises(ShapeError, match=r"\(1, 3, 2\), expected Samples of"):
         Samples(2, 3).merge(Samples(3, 2))
@@ -174,7 +174,9 @@ def test_samples_survive_a_file(tmp_path) -> None:
     merged = load_merged(paths)
     assert isinstance(merged, Samples)
     assert merged.count == 7
-    for name, pieces in zip(("inputs", "targets"), zip(*parts), strict=True):
+    for name, pieces in zip(
+        ("inputs", "targets"), zip(*parts, strict=True), strict=True
+    ):
         np.testing.assert_array_equal(getattr(merged, name), np.concatenate(pieces))
 
 
