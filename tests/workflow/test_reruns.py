@@ -81,8 +81,12 @@ def setting(*path, value):
         ),
         pytest.param(
             setting("quantize", "layers", "fc2", "shards", value=3),
-            {"report_pipeline": 1, "collect_statistics": 3},
-            set(),
+            {
+                **AFTER_FINETUNING,
+                "collect_statistics": 3,
+                "requantize_fc_layer": 1,
+            },
+            {"fc2"},
             id="shards",
         ),
         pytest.param(
