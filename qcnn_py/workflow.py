@@ -11,12 +11,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from math import prod
 from pathlib import Path
-from typing import NamedTuple, cast
 
 from safetensors import SafetensorError, safe_open
 
-from qcnn_py.config import LayerKind
+from qcnn_py.config import LayerShape
 from qcnn_py.errors import ModelFormatError, QcnnError
 
 _PACKAGE = Path(__file__).parent
@@ -130,16 +130,8 @@ def reporting(log: str | os.PathLike[str]) -> Iterator[None]:
         raise
 
 
-class FileLayer(NamedTuple):
-    """A conv or fc layer of a network file."""
-
-    name: str
-    kind: LayerKind
-    depthwise: bool
-
-
-def read_layers(path: str | os.PathLike[str]) -> list[FileLayer]:
-    """Return the conv and fc layers of a ``.qcnn`` file or an ONNX model, in order.
+def read_layer_shapes(path: str | os.PathLike[str]) -> list[LayerShape]:
+    """Return the conv and fc layers of a file of dense weights, in order.
 
     Only the header of a ``.qcnn`` file is read. What an ONNX model's layers are is
     known when it is translated.
@@ -147,7 +139,8 @@ def read_layers(path: str | os.PathLike[str]) -> list[FileLayer]:
     Raises
     ------
     ModelFormatError
-        If the file is neither.
+        If the file is neither a ``.qcnn`` file nor an ONNX model, or one of its
+        layers is quantised.
     UnsupportedOperator
         If an ONNX model has an operator that networks do not have.
     OSError
@@ -155,30 +148,33 @@ def read_layers(path: str | os.PathLike[str]) -> list[FileLayer]:
     """
     if Path(path).suffix == ".onnx":
         from qcnn_py.onnx_import import read_onnx
+        from qcnn_py.quantization import layer_shape
 
-        return [
-            FileLayer(layer.name, cast(LayerKind, layer.kind), layer.depthwise)
-            for layer in read_onnx(path).layers
-        ]
+        return [layer_shape(layer) for layer in read_onnx(path).layers]
     try:
         with safe_open(path, framework="numpy") as file:
             graph = json.loads(file.metadata()["qcnn"])["graph"]
-            tensors = set(file.keys())
-            layers = []
+            shapes = []
             for node in graph["nodes"]:
                 name, op = node["name"], node["op"]
-                if op["type"] not in ("conv", "fc"):
-                    continue
-                weight = f"{name}.weight"
-                # Of (outputs, channels of a group, height, width).
-                one_channel = (
-                    weight in tensors and file.get_slice(weight).get_shape()[1] == 1
-                )
-                depthwise = one_channel and op.get("groups", 1) > 1
-                layers.append(FileLayer(name, op["type"], depthwise))
-        return layers
+                if op["type"] in ("conv", "fc"):
+                    size = file.get_slice(f"{name}.weight").get_shape()
+                    groups = op.get("groups", 1)
+                    shapes.append(
+                        LayerShape(
+                            name=name,
+                            kind=op["type"],
+                            n_vectors=size[0] * prod(size[2:]),
+                            n_inputs=prod(size[1:]),
+                            groups=groups,
+                            depthwise=groups > 1 and size[1] == 1,
+                        )
+                    )
+            return shapes
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ModelFormatError(f"{path}: expected a .qcnn file, got {error}") from error
+        raise ModelFormatError(
+            f"{path}: expected a .qcnn file of dense weights, got {error}"
+        ) from error
 
 
 @cache

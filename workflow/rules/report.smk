@@ -22,6 +22,7 @@ rule report_pipeline:
         "../envs/qcnn.yaml"
     params:
         config=run_settings,
+        adaptations=adaptations,
         code=code_of("report_pipeline"),
     message:
         "{wildcards.run}: report"
@@ -47,6 +48,7 @@ rule report_speed:
         "../envs/qcnn.yaml"
     params:
         config=run_settings,
+        adaptations=adaptations,
         code=code_of("report_speed"),
     message:
         "{wildcards.run}: report"
