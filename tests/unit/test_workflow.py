@@ -167,7 +167,7 @@ def test_layer_shapes_come_from_the_header(tmp_path):
     nodes = [
         {"name": "c", "op": {"type": "conv", "groups": 2}},
         {"name": "r", "op": {"type": "relu"}},
-        {"name": "d", "op": {"type": "conv", "groups": 2}},
+        {"name": "d", "op": {"type": "conv", "groups": 4}},
         {"name": "f", "op": {"type": "fc"}},
     ]
     path = tmp_path / "network.qcnn"
