@@ -20,6 +20,8 @@ wildcard_constraints:
     run=one_of(CONFIG.runs),
     replicate=r"\d+",
     layer=r"[^/]+",
+    shard=r"\d+",
+    kind="conv|fc",
 
 
 include: "workflow/rules/prepare.smk"

@@ -4,11 +4,39 @@ from typing import Any, final
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Network", "Session", "__version__", "available_isas"]
+__all__ = [
+    "Network",
+    "Session",
+    "__version__",
+    "assign",
+    "available_isas",
+    "cluster",
+    "normal_matrix",
+]
 
 __version__: str
 
 def available_isas() -> list[str]: ...
+def cluster(
+    vectors: npt.NDArray[np.float64],
+    draws: npt.NDArray[np.float64],
+    max_rounds: int,
+    tolerance: float,
+    threads: int,
+) -> tuple[npt.NDArray[np.int64], float]: ...
+def assign(
+    gram: npt.NDArray[np.float64],
+    weight: npt.NDArray[np.float64],
+    residual: npt.NDArray[np.float64],
+    books: npt.NDArray[np.float64],
+    codes: npt.NDArray[np.int64],
+    first: int,
+    choose: bool,
+    threads: int,
+) -> None: ...
+def normal_matrix(
+    gram: npt.NDArray[np.float64], codes: npt.NDArray[np.int64], n_centroids: int
+) -> npt.NDArray[np.float64]: ...
 
 @final
 class Network:

@@ -7,7 +7,13 @@ import numpy as np
 from qcnn_py.errors import ConfigError
 from qcnn_py.network import FloatArray
 
-__all__ = ["augmented"]
+__all__ = ["NUMBERS_PER_IMAGE", "augmented"]
+
+NUMBERS_PER_IMAGE = 3
+"""Random numbers that :func:`augmented` takes for each image, whatever is done to it.
+
+Whoever starts with a later image can skip those of the images before it.
+"""
 
 
 def augmented(
@@ -43,8 +49,9 @@ def augmented(
             f"{images.shape[1:]}, expected false and 0 for what is no image"
         )
     n = len(images)
+    mirror, *move = rng.random((n, NUMBERS_PER_IMAGE)).T
     if flip:
-        mirrored = rng.random(n) < 0.5
+        mirrored = mirror < 0.5
         images = np.where(mirrored[:, None, None, None], images[..., ::-1], images)
     if shift:
         beside = (shift, shift)
@@ -52,6 +59,8 @@ def augmented(
         windows = np.lib.stride_tricks.sliding_window_view(
             padded, images.shape[2:], axis=(2, 3)
         )
-        rows, columns = rng.integers(0, 2 * shift + 1, (2, n))
+        rows, columns = (
+            (numbers * (2 * shift + 1)).astype(np.intp) for numbers in move
+        )
         images = windows[np.arange(n), :, rows, columns]
     return images

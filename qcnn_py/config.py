@@ -12,8 +12,9 @@ import difflib
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import yaml
 from pydantic import (
@@ -33,8 +34,51 @@ from qcnn_py.published_networks import published_network
 LayerKind = Literal["conv", "fc"]
 """The two kinds of layer that have weights to quantise."""
 
-LayerNames = Sequence[tuple[str, LayerKind]]
-"""Names and kinds of the conv and fc layers of a network, in order."""
+Method = Literal["kmeans", "bcd", "gptvq"]
+"""How the codes and codewords of a layer are found."""
+
+
+class LayerShape(NamedTuple):
+    """What has to be known of a conv or fc layer to plan its quantisation.
+
+    Attributes
+    ----------
+    name : str
+    kind : LayerKind
+    n_vectors : int or None
+        Outputs times kernel positions, so many sub-vectors there are in a subspace;
+        None where it is not known before images are read.
+    n_inputs : int or None
+        Inputs of one output.
+    groups : int
+        Groups of a convolution.
+    depthwise : bool
+        Whether it is a convolution with one input channel per group.
+    """
+
+    name: str
+    kind: LayerKind
+    n_vectors: int | None = None
+    n_inputs: int | None = None
+    groups: int = 1
+    depthwise: bool = False
+
+
+class LayerPlan(NamedTuple):
+    """How a layer is quantised.
+
+    Attributes
+    ----------
+    kind : LayerKind
+    settings : LayerSettings
+    adaptation : str or None
+        What a preset or the default did to fit the layer, in words.
+    """
+
+    kind: LayerKind
+    settings: "LayerSettings"
+    adaptation: str | None
+
 
 RunName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
@@ -82,11 +126,18 @@ class LayerSettings(Section):
         default=False,
         description="Leave the layer in float32 instead of quantising it.",
     )
-    method: Literal["bcd", "kmeans"] = Field(
-        default="bcd",
+    method: Method = Field(
+        default="gptvq",
         description=(
-            "bcd: error-corrected quantisation, block coordinate descent on the "
-            "layer's response. kmeans: k-means on the weights alone."
+            "gptvq: error-corrected quantisation with error feedback, the best one. "
+            "bcd: block coordinate descent on the layer's response, the paper's. "
+            "kmeans: k-means on the weights alone."
+        ),
+    )
+    compare_methods: bool = Field(
+        default=False,
+        description=(
+            "Quantise the layer by the other methods too, for the report alone."
         ),
     )
     n_centroids: int = Field(
@@ -121,6 +172,14 @@ class LayerSettings(Section):
         default=1000,
         ge=1,
         description="Training images (without labels) that the response is kept on.",
+    )
+    shards: int = Field(
+        default=1,
+        ge=1,
+        description=(
+            "Parts that these images are cut into; each is a job of its own, which can "
+            "run anywhere."
+        ),
     )
     augmented_copies: int = Field(
         default=0,
@@ -166,6 +225,30 @@ class LayerSettings(Section):
         ge=0,
         description="Stop when a round lowers the objective by less than this share.",
     )
+    feedback_rounds: int = Field(
+        default=4,
+        ge=1,
+        description=(
+            "gptvq only: alternations between codes and codewords of a subspace before "
+            "its error is passed on to those after it."
+        ),
+    )
+    relaxation_rounds: int = Field(
+        default=10,
+        ge=0,
+        description=(
+            "gptvq only: rounds of descent with noise on the codewords that dies away, "
+            "before those of max_rounds."
+        ),
+    )
+    temperature: float = Field(
+        default=0.2,
+        ge=0,
+        description=(
+            "gptvq only: standard deviation of that noise at first, as a multiple of "
+            "the error that so many codewords leave of their own deviation."
+        ),
+    )
     kmeans_restarts: int = Field(
         default=3,
         ge=1,
@@ -174,6 +257,11 @@ class LayerSettings(Section):
     bias_correction: bool = Field(
         default=True, description="Take the mean response error into the bias."
     )
+
+    @property
+    def augmented_images(self) -> int:
+        """Calibration images, their copies included."""
+        return self.calibration_images * (1 + self.augmented_copies)
 
 
 def _drop_defaults(schema: dict[str, Any]) -> None:
@@ -200,24 +288,35 @@ class Preset(Section):
     last: LayerOverrides
 
 
-def _preset(conv_subvector_dim: int) -> Preset:
-    """Return the authors' settings, which differ in the convolutions only."""
-    return Preset(
-        conv=LayerOverrides(subvector_dim=conv_subvector_dim, n_centroids=128),
-        fc=LayerOverrides(subvector_dim=4, n_centroids=32),
-        last=LayerOverrides(subvector_dim=1, n_centroids=16),
+def _preset(
+    method: Method, conv: tuple[int, int], fc: tuple[int, int], last: tuple[int, int]
+) -> Preset:
+    """Return settings from (subvector_dim, n_centroids) by role."""
+    conv_settings, fc_settings, last_settings = (
+        LayerOverrides(method=method, subvector_dim=dim, n_centroids=n)
+        for dim, n in (conv, fc, last)
     )
+    return Preset(conv=conv_settings, fc=fc_settings, last=last_settings)
 
 
-# Wu et al., Quantized Convolutional Neural Networks for Mobile Devices (2016), tables
-# of whole networks; the last layer as in the speed test of their implementation.
+# paper-…: Wu et al., Quantized Convolutional Neural Networks for Mobile Devices (2016),
+# tables of whole networks; the last layer as in the speed test of their
+# implementation. The others are this package's own.
 PRESETS: Mapping[str, Preset] = {
-    "paper-alexnet": _preset(8),
-    "paper-vgg-cnn-s": _preset(8),
-    "paper-vgg-16": _preset(6),
+    "paper-alexnet": _preset("bcd", (8, 128), (4, 32), (1, 16)),
+    "paper-vgg-cnn-s": _preset("bcd", (8, 128), (4, 32), (1, 16)),
+    "paper-vgg16": _preset("bcd", (6, 128), (4, 32), (1, 16)),
+    # Codebooks are much of the size of a small layer: fewer codewords, longer.
+    "small": _preset("gptvq", (8, 64), (8, 32), (4, 32)),
+    # Tables of up to 32 codewords are looked up in registers.
+    "fast": _preset("gptvq", (4, 32), (4, 16), (4, 16)),
 }
 
-PresetName = Literal["paper-alexnet", "paper-vgg-cnn-s", "paper-vgg-16"]
+PresetName = Literal["paper-alexnet", "paper-vgg-cnn-s", "paper-vgg16", "small", "fast"]
+
+# Second moments or samples of a layer may take this much; quantising needs about
+# three times as much beside them.
+STATISTICS_BYTES = 2 << 30
 
 
 class QuantizeConfig(LayerOverrides):
@@ -226,10 +325,18 @@ class QuantizeConfig(LayerOverrides):
     preset: PresetName | None = Field(
         default=None,
         description=(
-            "Published settings to start from; every key given here beats them. "
-            "paper-alexnet and paper-vgg-cnn-s: conv 8/128, fc 4/32, last layer 1/16 "
-            "(subvector_dim/n_centroids). paper-vgg-16: the same with conv 6/128."
+            "Settings to start from; every key given here beats them. paper-alexnet "
+            "and paper-vgg-cnn-s: bcd, conv 8/128, fc 4/32, last layer 1/16 "
+            "(subvector_dim/n_centroids). paper-vgg16: the same with conv 6/128. "
+            "small: gptvq, conv 8/64, fc 8/32, last layer 4/32. fast: gptvq, conv "
+            "4/32, all fc 4/16. A preset adapts, as the default does: its n_centroids "
+            "is halved where a codebook would have fewer than two sub-vectors per "
+            "codeword; where one halving is not enough, or the number of outputs is "
+            "not known before images are read, the layer stays dense."
         ),
+    )
+    exclude: tuple[str, ...] = Field(
+        default=(), description="Names of layers that are left dense."
     )
     conv: LayerOverrides = Field(
         default=LayerOverrides(), description="Settings of all convolutional layers."
@@ -242,11 +349,17 @@ class QuantizeConfig(LayerOverrides):
     )
 
     def resolve(
-        self, name: str, kind: LayerKind, is_last: bool = False
+        self,
+        name: str,
+        kind: LayerKind,
+        is_last: bool = False,
+        depthwise: bool = False,
     ) -> LayerSettings:
-        """Return the settings of one layer.
+        """Return the settings of one layer, presets not adapted.
 
-        Later ones win: defaults, preset, all layers, kind, name.
+        Later ones win: defaults, preset, all layers, kind, name. Depthwise
+        convolutions stay dense by default: their few weights have no neighbouring
+        channels to share a code with.
 
         Parameters
         ----------
@@ -257,33 +370,130 @@ class QuantizeConfig(LayerOverrides):
         is_last
             Whether it is the network's last conv or fc layer; presets may treat it
             on its own.
+        depthwise
+            Whether it is a depthwise convolution.
         """
-        settings: dict[str, Any] = {}
+        settings: dict[str, Any] = {"dense": True} if depthwise else {}
         if self.preset is not None:
             preset = PRESETS[self.preset]
             role = preset.last if is_last else getattr(preset, kind)
             settings |= role.given()
-        settings |= self.given()
-        settings |= (self.conv if kind == "conv" else self.fc).given()
-        if name in self.layers:
-            settings |= self.layers[name].given()
-        return LayerSettings(**settings)
+        return LayerSettings(**settings | self._given(name, kind))
 
-    def check_layers(self, names: Iterable[str]) -> None:
-        """Refuse settings for layers that the network does not have.
+    def plan(self, layers: Sequence[LayerShape]) -> dict[str, LayerPlan]:
+        """Return how each layer of a network is quantised, by name and in order.
+
+        Parameters
+        ----------
+        layers
+            All conv and fc layers of the network, in order.
 
         Raises
         ------
         ConfigError
-            Names the first such layer, the closest real one and all real ones.
+            If a setting names a layer that the network does not have, or is
+            impossible for its layer.
         """
-        known = list(names)
-        for name in self.layers:
+        self._check_names([layer.name for layer in layers])
+        plans = {}
+        for layer in layers:
+            settings = self.resolve(
+                layer.name, layer.kind, layer is layers[-1], layer.depthwise
+            )
+            adaptation = None
+            if layer.name in self.exclude:
+                settings = settings.model_copy(update={"dense": True})
+            elif not settings.dense and "n_centroids" not in self._given(
+                layer.name, layer.kind
+            ):
+                settings, adaptation = _adapted(settings, layer)
+            if not settings.dense:
+                check_possible(settings, layer)
+            plans[layer.name] = LayerPlan(layer.kind, settings, adaptation)
+        return plans
+
+    def _given(self, name: str, kind: LayerKind) -> dict[str, Any]:
+        """Return what was set explicitly for a layer."""
+        settings = self.given() | (self.conv if kind == "conv" else self.fc).given()
+        if name in self.layers:
+            settings |= self.layers[name].given()
+        return settings
+
+    def _check_names(self, known: Sequence[str]) -> None:
+        """Refuse settings for layers that the network does not have, or given twice."""
+        keys = [(f"layers.{name}", name) for name in self.layers]
+        keys += [(f"exclude.{i}", name) for i, name in enumerate(self.exclude)]
+        for key, name in keys:
             if name not in known:
+                shown = key if key.endswith(name) else f"{key}: got {name!r}"
                 raise ConfigError(
-                    f"quantize.layers.{name}: the network has no such layer"
+                    f"quantize.{shown}: the network has no such layer"
                     f"{_suggestion(name, known)}; its layers are {', '.join(known)}"
                 )
+        for name in self.exclude:
+            if name in self.layers:
+                raise ConfigError(
+                    f"quantize.exclude: got {name}, which quantize.layers has settings "
+                    "for; expected one or the other"
+                )
+
+
+def _per_codebook(settings: LayerSettings, layer: LayerShape) -> int | None:
+    """Return the sub-vectors that share a codebook."""
+    if layer.n_vectors is None or settings.codebook_groups == "shared":
+        return layer.n_vectors
+    return layer.n_vectors // layer.groups
+
+
+def _adapted(
+    settings: LayerSettings, layer: LayerShape
+) -> tuple[LayerSettings, str | None]:
+    """Fit a preset, or the default, to a layer, see :attr:`QuantizeConfig.preset`."""
+    n_vectors, wanted = _per_codebook(settings, layer), settings.n_centroids
+    if n_vectors is not None and 2 * wanted <= n_vectors:
+        return settings, None
+    if n_vectors is not None and wanted <= n_vectors:
+        fewer = settings.model_copy(update={"n_centroids": wanted // 2})
+        return fewer, (
+            f"{wanted // 2} codewords instead of {wanted}: {n_vectors} sub-vectors "
+            "share a codebook"
+        )
+    number = "an unknown number of" if n_vectors is None else f"only {n_vectors}"
+    reason = f"left dense: {number} sub-vectors would share {wanted} codewords"
+    return settings.model_copy(update={"dense": True}), reason
+
+
+def check_possible(settings: LayerSettings, layer: LayerShape) -> None:
+    """Refuse settings that a layer cannot have.
+
+    Raises
+    ------
+    ConfigError
+        If there are more codewords than sub-vectors, or statistics of the layer would
+        not fit into :data:`STATISTICS_BYTES`.
+    """
+    where = f"quantize.layers.{layer.name}"
+    n_vectors = _per_codebook(settings, layer)
+    if n_vectors is not None and settings.n_centroids > n_vectors:
+        raise ConfigError(
+            f"{where}.n_centroids: got {settings.n_centroids}, expected at most "
+            f"{n_vectors}, the number of sub-vectors that share a codebook"
+        )
+    if layer.n_inputs is None:
+        return
+    width = layer.n_inputs
+    if layer.kind == "fc":
+        width = min(width, settings.augmented_images)
+    most = STATISTICS_BYTES // (8 * layer.n_inputs * layer.groups)
+    if width > most:
+        copies = settings.augmented_copies
+        beside = f" and {copies} augmented copies of each" if copies else ""
+        raise ConfigError(
+            f"{where}.calibration_images: got {settings.calibration_images}{beside}, "
+            f"expected at most {most // (1 + copies)} for a layer with "
+            f"{layer.n_inputs} inputs, whose statistics would take more than "
+            f"{STATISTICS_BYTES >> 30} GiB"
+        )
 
 
 class DescentConfig(Section):
@@ -442,12 +652,26 @@ class TrainedNetworkConfig(Section):
         default=OptimizerConfig(), description="How the network is trained."
     )
 
-    @property
-    def layer_names(self) -> LayerNames:
-        """Names and kinds of the conv and fc layers, in order."""
+    def layers(self, n_classes: int | None) -> tuple[LayerShape, ...]:
+        """Return the conv and fc layers, in order.
+
+        Parameters
+        ----------
+        n_classes
+            Outputs of the last one; None if that is not known yet.
+        """
+        taps = self.kernel_size**2
+        features = (*self.fc_features, n_classes)
+        inputs = (None, *(taps * n for n in self.conv_channels))
         return (
-            *((f"conv{i + 1}", "conv") for i in range(len(self.conv_channels))),
-            *((f"fc{i + 1}", "fc") for i in range(len(self.fc_features) + 1)),
+            *(
+                LayerShape(f"conv{i + 1}", "conv", taps * n, inputs[i])
+                for i, n in enumerate(self.conv_channels)
+            ),
+            *(
+                LayerShape(f"fc{i + 1}", "fc", n, features[i - 1] if i else None)
+                for i, n in enumerate(features)
+            ),
         )
 
 
@@ -587,7 +811,7 @@ class PipelineConfig(Section):
     def _check_layers(self) -> Self:
         # The layers of a file are known only when it is read.
         if isinstance(self.network, TrainedNetworkConfig):
-            self.quantize.check_layers(name for name, _ in self.network.layer_names)
+            self.quantize.plan(self.network.layers(self.dataset.known_classes))
         return self
 
 
@@ -595,7 +819,7 @@ def _published_settings(data: Mapping[str, Any]) -> QuantizeConfig:
     """Return the settings of a speed run that gives none of its own."""
     presets: Mapping[str, PresetName] = {
         "vgg-cnn-s": "paper-vgg-cnn-s",
-        "vgg-16": "paper-vgg-16",
+        "vgg-16": "paper-vgg16",
     }
     # An architecture that was refused is not among the data.
     name = presets.get(data.get("architecture", ""), "paper-alexnet")
@@ -643,17 +867,22 @@ class SpeedConfig(Section):
         return ARCHITECTURES[self.architecture]
 
     @property
-    def layer_names(self) -> LayerNames:
-        """Names and kinds of the conv and fc layers, in order."""
+    def layers(self) -> tuple[LayerShape, ...]:
+        """The conv and fc layers, in order."""
+        # Statistics are not gathered, so inputs do not matter.
         shapes = published_network(self.published_name).weight_shapes
         return tuple(
-            (name, "conv" if len(shape) == 4 else "fc")
+            LayerShape(
+                name,
+                "conv" if len(shape) == 4 else "fc",
+                shape[0] * prod(shape[2:]),
+            )
             for name, shape in shapes.items()
         )
 
     @model_validator(mode="after")
     def _check_layers(self) -> Self:
-        self.quantize.check_layers(name for name, _ in self.layer_names)
+        self.quantize.plan(self.layers)
         return self
 
 

@@ -120,6 +120,11 @@ class _DatasetSettings(_Settings):
     )
 
     @property
+    def known_classes(self) -> int | None:
+        """Number of classes, where no image has to be read to know it."""
+        return None
+
+    @property
     def source_paths(self) -> tuple[Path, ...]:
         """Files and folders that images, labels and class names are read from."""
         return ()
@@ -145,6 +150,11 @@ class DigitsConfig(_DatasetSettings):
         description="The digits have no test set of their own: stratified folds; "
         "replicate i is tested on fold i.",
     )
+
+    @property
+    def known_classes(self) -> int:
+        """Number of classes."""
+        return 10
 
 
 class ImagesConfig(_DatasetSettings):
@@ -286,6 +296,11 @@ class ReferenceConfig(_DatasetSettings):
         description="Text file with the name of each class in a line, for example "
         "class_names.txt; null: the numbers themselves.",
     )
+
+    @property
+    def known_classes(self) -> int:
+        """Number of classes."""
+        return self.n_classes
 
     @property
     def source_paths(self) -> tuple[Path, ...]:

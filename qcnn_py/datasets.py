@@ -95,7 +95,9 @@ class Dataset:
         for start in range(0, len(images), batch_size):
             yield self.preprocessing.normalize(images[start : start + batch_size])
 
-    def calibration(self, n_images: int, seed: int) -> FloatArray:
+    def calibration(
+        self, n_images: int, seed: int, shard: int = 0, shards: int = 1
+    ) -> tuple[FloatArray, int]:
         """Draw training images, without labels, to quantise with.
 
         Parameters
@@ -104,16 +106,22 @@ class Dataset:
             How many; all training images if there are not that many.
         seed : int
             Seed of the draw.
+        shard, shards : int
+            Which of how many parts of the drawn images to return.
 
         Returns
         -------
-        ndarray of float32, shape (n, C, H, W)
+        images : ndarray of float32, shape (n, C, H, W)
             Normalised images in the order of the training split.
+        first : int
+            Drawn images in the parts before.
         """
         n_train = self.size("train")
         rng = np.random.default_rng(seed)
         drawn = rng.choice(n_train, min(n_images, n_train), replace=False)
-        return self.preprocessing.normalize(self.splits["train"].images[np.sort(drawn)])
+        first, stop = (len(drawn) * i // shards for i in (shard, shard + 1))
+        part = np.sort(drawn)[first:stop]
+        return self.preprocessing.normalize(self.splits["train"].images[part]), first
 
     def metadata(self) -> dict[str, Any]:
         """Return what a network trained on the data set says about its input."""

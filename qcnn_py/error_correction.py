@@ -1,40 +1,54 @@
 """Error-corrected quantisation: codewords that keep a layer's response.
 
 The response error of a layer's weights ``W`` is the quadratic
-``tr(W^T H W) - 2 tr(G^T W) + const`` (:class:`qcnn_py.statistics.ResponseError`).
-Block coordinate descent lowers it over codes and codewords: Wu et al., "Quantized
-Convolutional Neural Networks for Mobile Devices", CVPR 2016, sections 3.2 and 3.3,
-here with second moments in place of samples.
+``tr(W^T H W) - 2 tr(G^T W) + const`` (:mod:`qcnn_py.quadratics`). Block coordinate
+descent lowers it over codes and codewords: Wu et al., "Quantized Convolutional Neural
+Networks for Mobile Devices", CVPR 2016, sections 3.2 and 3.3, here with second moments
+in place of samples. Where it ends depends on where it starts: with error feedback
+(GPTVQ, van Baalen et al., 2024) and some rounds of stochastic relaxation (LSQ++,
+Martinez et al., ECCV 2018) it ends lower.
 
-The weights of a group are kept as a matrix with one column per output, whose rows
-are ordered by (subspace, kernel position, coordinate): what one codeword covers, and
-what one subspace covers, are contiguous rows. The last subspace has only the rows of
-its real channels, so padding is no part of the problem.
+The weights of an output are a row, ordered by (subspace, kernel position,
+coordinate): what one codeword covers, and what one subspace covers, is contiguous.
+The last subspace has only the rows of its real channels, so padding is no part of the
+problem.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from scipy.linalg import cho_factor, cho_solve
-from scipy.sparse import coo_array, csr_array
 
+from qcnn_py import _engine
 from qcnn_py.product_quantizer import cluster
-from qcnn_py.statistics import Array64, ResponseError
+from qcnn_py.quadratics import MomentQuadratic, Quadratic, SampleQuadratic
+from qcnn_py.statistics import Array64, ResponseError, SampleError
 
 __all__ = ["CoordinateDescent"]
 
-Codes = npt.NDArray[np.intp]
+Codes = npt.NDArray[np.int64]
 
 # Rows of weights that are changed before the residual of all other rows follows.
 # Enough for that update to be bound by arithmetic, not by memory.
-_WINDOW_ROWS = 128
+_WINDOW_ROWS = 64
 
-# Least damping. Keeps Gram matrices of dead or duplicate inputs well away from
-# singular in float64, and is far too small to show in a response.
-_LEAST_DAMPING = 1e-8
+# Clustering is a start that is improved on at once: its last digits are not needed.
+_CLUSTER_TOLERANCE = 1e-4
+
+
+@dataclass
+class _Window:
+    """Some rows of all outputs: Hessian (groups, w, w), (groups, outputs, w) others."""
+
+    start: int
+    gram: Array64
+    weight: Array64
+    residual: Array64
 
 
 class CoordinateDescent:
@@ -45,7 +59,7 @@ class CoordinateDescent:
 
     Parameters
     ----------
-    error : ResponseError
+    error : ResponseError or SampleError
         Response error; rows ordered by (channel, kernel position).
     original : ndarray of float64, shape (groups, p, outputs)
         Original weights, rows ordered like those of `error`.
@@ -57,16 +71,11 @@ class CoordinateDescent:
         One set of codebooks for all groups instead of one per group.
     damping : float
         See above.
-
-    Attributes
-    ----------
-    codebooks : ndarray of float64, shape (sets, M, K, dsub)
-        Codewords; zero where the last subspace is padded.
     """
 
     def __init__(
         self,
-        error: ResponseError,
+        error: ResponseError | SampleError,
         original: Array64,
         *,
         n_positions: int,
@@ -78,46 +87,43 @@ class CoordinateDescent:
         groups, n_rows, n_outputs = original.shape
         channels = n_rows // n_positions
         starts = range(0, channels, subvector_dim)
-        self._n_positions = n_positions
+        self._dims = [min(subvector_dim, channels - start) for start in starts]
         self._subspaces = [
-            slice(
-                start * n_positions,
-                min(start + subvector_dim, channels) * n_positions,
-            )
-            for start in starts
+            slice(start * n_positions, (start + dim) * n_positions)
+            for start, dim in zip(starts, self._dims, strict=True)
         ]
         by_channel = np.arange(n_rows).reshape(channels, n_positions)
         order = np.concatenate(
             [by_channel[start : start + subvector_dim].T.ravel() for start in starts]
         )
-        self._gram = error.gram[:, order[:, None], order]
-        self._weight = original[:, order]
-        self._cross = error.cross[:, order]
-        diagonal = np.einsum("gpp->gp", self._gram)
-        ridge = max(damping, _LEAST_DAMPING) * diagonal.mean(axis=1)
-        # Inputs that never vary: the response says nothing, the weights decide.
-        ridge[ridge == 0] = 1.0
-        diagonal += ridge[:, None]
-        self._cross += ridge[:, None, None] * self._weight
-        energy = np.einsum("gpo,gpo->g", self._weight, self._weight)
-        self._constant = error.constant + float(ridge @ energy)
-        # The negative half gradient of the objective, kept up to date throughout;
-        # outside the window, as of the last end of a window.
-        self._residual = self._cross - self._gram @ self._weight
-        self._window = slice(0, 0)
+        ordered = np.ascontiguousarray(original[:, order].swapaxes(1, 2))
+        self._objective: Quadratic = (
+            SampleQuadratic(error, ordered, order, damping)
+            if isinstance(error, SampleError)
+            else MomentQuadratic(error, ordered, order, damping)
+        )
         self._sets = (
             [slice(0, groups)] if shared else [slice(g, g + 1) for g in range(groups)]
         )
-        n_subspaces = len(self._subspaces)
-        self.codebooks = np.zeros(
-            (len(self._sets), n_subspaces, n_centroids, subvector_dim)
-        )
-        self._codes = np.zeros((n_subspaces, n_positions, groups, n_outputs), np.intp)
+        self._shape = (len(self._sets), len(starts), n_centroids, subvector_dim)
+        self._books = [
+            np.zeros((len(self._sets), n_centroids, dim)) for dim in self._dims
+        ]
+        self._codes = np.zeros((len(starts), groups, n_outputs, n_positions), np.int64)
+        self._threads = _threads()
+
+    @property
+    def codebooks(self) -> Array64:
+        """Codewords, shape (sets, M, K, dsub); zero where padded."""
+        books = np.zeros(self._shape)
+        for m, book in enumerate(self._books):
+            books[:, m, :, : book.shape[2]] = book
+        return books
 
     @property
     def codes(self) -> Codes:
         """Codes, shape (groups, outputs, positions, M)."""
-        return self._codes.transpose(2, 3, 1, 0)
+        return np.moveaxis(self._codes, 0, 3)
 
     def seed(self, n_init: int, seed: int) -> None:
         """Choose first codebooks and codes by k-means, one subspace after another.
@@ -134,11 +140,87 @@ class CoordinateDescent:
             Seed of the starts.
         """
 
-        def visit(m: int) -> None:
-            self._cluster(m, n_init, seed)
-            self._improve(m)
+        def visit(window: _Window, m: int) -> None:
+            self._cluster(window, m, n_init, seed)
+            self._improve(window, m)
 
         self._sweep(visit)
+
+    def seed_with_feedback(self, n_init: int, seed: int, rounds: int) -> None:
+        """Choose first codebooks and codes, passing each subspace's error on.
+
+        Weights start where the response error is least. When a subspace gets its
+        codewords, everything still to come takes up the error that they make, as
+        well as it can; distances are measured by what is then left of it.
+
+        Parameters
+        ----------
+        n_init, seed
+            See :meth:`seed`.
+        rounds : int
+            Alternations between codes and codewords in each subspace.
+        """
+        elimination = self._objective.eliminate()
+        settled = np.empty_like(self._objective.weight)
+        for subspaces, rows in self._windows():
+            hessian, target = elimination.plane(rows)
+            # The same again inside of the window.
+            flipped = np.linalg.cholesky(hessian[:, ::-1, ::-1])
+            factor = flipped[:, ::-1, ::-1]
+            error = np.zeros_like(target)
+            for m in subspaces:
+                own = self._local(rows.start, m)
+                triangle = factor[:, own, own]
+                passed = error[:, :, : own.start] @ factor[:, : own.start, own]
+                wanted = target[:, :, own] - passed @ np.linalg.inv(triangle)
+                window = _Window(
+                    start=self._subspaces[m].start,
+                    gram=triangle @ triangle.swapaxes(1, 2),
+                    weight=wanted,
+                    residual=np.zeros_like(wanted),
+                )
+                self._cluster(window, m, n_init, seed)
+                for _ in range(rounds):
+                    self._improve(window, m)
+                error[:, :, own] = window.weight - target[:, :, own]
+            settled[:, :, rows] = target + error
+            elimination.settle(rows, settled[:, :, rows])
+        self._move_to(settled)
+
+    def relax(self, rounds: int, temperature: float, seed: int) -> None:
+        """Descend with noise on the codewords that dies away, out of local optima.
+
+        Ends where it was if that has less error than what it found.
+
+        Parameters
+        ----------
+        rounds : int
+            Rounds over all subspaces.
+        temperature : float
+            Standard deviation of the noise at first, as a multiple of the error that
+            K codewords of that dimension leave, ``K^(-1/dim)`` of their own deviation.
+        seed : int
+            Seed of the noise.
+        """
+        if not rounds:
+            return
+        books, codes = [book.copy() for book in self._books], self._codes.copy()
+        weight, before = self._objective.weight.copy(), self.objective()
+        random = np.random.default_rng(seed)
+        for left in range(rounds - 1, -1, -1):
+
+            def visit(window: _Window, m: int, heat: float = left / rounds) -> None:
+                book = self._books[m]
+                scale = book.shape[1] ** (-1 / book.shape[2]) * temperature * heat
+                noise = random.standard_normal(book.shape)
+                book += scale * book.std(axis=1, keepdims=True) * noise
+                self._assign(window, m, choose=False)
+                self._improve(window, m)
+
+            self._sweep(visit)
+        if self.objective() > before:
+            self._books, self._codes = books, codes
+            self._move_to(weight)
 
     def run(self, max_rounds: int, tolerance: float) -> list[float]:
         """Descend over all subspaces until the objective hardly falls any more.
@@ -165,190 +247,167 @@ class CoordinateDescent:
 
     def objective(self) -> float:
         """Return the damped squared response error."""
-        # W^T H W = W^T (G - R) with the residual R.
-        explained = np.vdot(self._weight, self._cross)
-        explained += np.vdot(self._weight, self._residual)
-        return max(0.0, self._constant - float(explained))
+        return self._objective.value()
 
-    def _sweep(self, visit: Callable[[int], None]) -> None:
-        """Visit all subspaces, in windows that share one update of the residual."""
-        m = 0
-        while m < len(self._subspaces):
-            first, start = m, self._subspaces[m].start
-            while m < len(self._subspaces):
-                stop = self._subspaces[m].stop
-                m += 1
-                if stop - start >= _WINDOW_ROWS:
-                    break
-            self._window = window = slice(start, stop)
-            before = self._weight[:, window].copy()
-            for subspace in range(first, m):
-                visit(subspace)
-            change = self._weight[:, window] - before
-            for others in (slice(0, start), slice(stop, None)):
-                self._residual[:, others] -= self._gram[:, others, window] @ change
+    def _windows(self) -> Iterator[tuple[range, slice]]:
+        """Yield subspaces that share one update of the residual, and their rows."""
+        first = 0
+        for m, rows in enumerate(self._subspaces):
+            start = self._subspaces[first].start
+            if rows.stop - start >= _WINDOW_ROWS or m + 1 == len(self._subspaces):
+                yield range(first, m + 1), slice(start, rows.stop)
+                first = m + 1
 
-    def _improve(self, m: int) -> None:
-        self._update_codes(m)
-        for chosen in range(len(self._sets)):
-            self._revive_codewords(m, chosen)
-            self._update_codewords(m, chosen)
+    def _sweep(self, visit: Callable[[_Window, int], None]) -> None:
+        """Visit all subspaces."""
+        objective = self._objective
+        for subspaces, rows in self._windows():
+            window = _Window(
+                start=rows.start,
+                gram=objective.block(rows),
+                weight=objective.weight[:, :, rows].copy(),
+                residual=objective.residual(rows),
+            )
+            for m in subspaces:
+                visit(window, m)
+            objective.move(rows, window.weight)
 
-    def _cluster(self, m: int, n_init: int, seed: int) -> None:
-        """Cluster the weights of subspace `m` that would correct all errors so far."""
+    def _move_to(self, weight: Array64) -> None:
+        for _, rows in self._windows():
+            self._objective.move(rows, weight[:, :, rows])
+
+    def _local(self, start: int, m: int) -> slice:
+        """Rows of a subspace, counted from row `start`."""
         rows = self._subspaces[m]
-        gram = self._gram[:, rows, rows]
-        step = np.linalg.solve(gram, self._residual[:, rows])
-        wanted = self._vectors(self._weight[:, rows] + step)
-        blocks = self._blocks(gram)
-        dim = blocks.shape[-1]
+        return slice(rows.start - start, rows.stop - start)
+
+    def _vectors(self, rows: Array64, m: int) -> Array64:
+        """View a subspace's rows as sub-vectors (groups, outputs, positions, dim)."""
+        return rows.reshape(*rows.shape[:2], -1, self._dims[m])
+
+    def _blocks(self, gram: Array64, m: int) -> Array64:
+        """View a subspace's Gram matrices as (groups, t, u, dim, dim)."""
+        dim = self._dims[m]
+        n = gram.shape[1] // dim
+        return gram.reshape(len(gram), n, dim, n, dim).swapaxes(2, 3)
+
+    def _improve(self, window: _Window, m: int) -> None:
+        self._assign(window, m, choose=True)
+        for chosen in range(len(self._sets)):
+            self._revive_codewords(window, m, chosen)
+            self._update_codewords(window, m, chosen)
+
+    def _assign(self, window: _Window, m: int, *, choose: bool) -> None:
+        """Choose codes of a subspace, or keep them, and set its weights to match."""
+        _engine.assign(
+            window.gram,
+            window.weight,
+            window.residual,
+            self._books[m],
+            self._codes[m],
+            self._subspaces[m].start - window.start,
+            choose,
+            self._threads,
+        )
+
+    def _cluster(self, window: _Window, m: int, n_init: int, seed: int) -> None:
+        """Cluster the weights of a subspace that would correct all errors so far."""
+        own = self._local(window.start, m)
+        gram = window.gram[:, own, own]
+        step = np.linalg.solve(gram, window.residual[:, :, own].swapaxes(1, 2))
+        corrected = window.weight[:, :, own] + step.swapaxes(1, 2)
+        wanted = self._vectors(corrected, m)
+        blocks = self._blocks(gram, m)
+        dim = self._dims[m]
         for chosen, groups in enumerate(self._sets):
             # Mean effect on the response of an error at one kernel position.
             metric = np.einsum("gttij->ij", blocks[groups])
             labels, centroids = cluster(
-                wanted[:, groups].reshape(-1, dim),
-                self.codebooks.shape[2],
+                wanted[groups].reshape(-1, dim),
+                self._shape[2],
                 scale=np.linalg.cholesky(metric),
                 n_init=n_init,
                 seed=seed,
+                tolerance=_CLUSTER_TOLERANCE,
             )
-            shape = self._codes[m, :, groups].shape
-            self._codes[m, :, groups] = labels.reshape(shape)
-            self.codebooks[chosen, m, :, :dim] = centroids
-        self._decode(m)
+            self._codes[m, groups] = labels.reshape(self._codes[m, groups].shape)
+            self._books[m][chosen] = centroids
+        self._assign(window, m, choose=False)
 
-    def _update_codes(self, m: int) -> None:
-        """Give each sub-vector its best codeword, all others of its output fixed."""
-        book = self._book(m)
-        for position in range(self._n_positions):
-            rows = self._block(m, position)
-            gram = self._gram[:, rows, rows]
-            # Adding c^T H c - 2 c^T target to the objective of all other blocks.
-            target = self._residual[:, rows] + gram @ self._weight[:, rows]
-            energy = ((book @ gram) * book).sum(axis=2)
-            cost = target.transpose(0, 2, 1) @ book.transpose(0, 2, 1)
-            cost *= -2
-            cost += energy[:, None, :]
-            old = self._codes[m, position]
-            new = cost.argmin(axis=2)
-            old_cost = np.take_along_axis(cost, old[:, :, None], axis=2)
-            new_cost = np.take_along_axis(cost, new[:, :, None], axis=2)
-            better = (new_cost < old_cost)[:, :, 0]
-            self._codes[m, position] = np.where(better, new, old)
-            self._set_weight(rows, self._words(m, self._codes[m, position]))
-
-    def _revive_codewords(self, m: int, chosen: int) -> None:
+    def _revive_codewords(self, window: _Window, m: int, chosen: int) -> None:
         """Move unused codewords to where a codeword of its own helps most.
 
         At most one sub-vector of each output changes, so that the gains add up.
         """
-        groups = self._sets[chosen]
-        codes = self._codes[m, :, groups]
-        counts = np.bincount(codes.ravel(), minlength=self.codebooks.shape[2])
+        groups, dim = self._sets[chosen], self._dims[m]
+        codes = self._codes[m, groups]
+        counts = np.bincount(codes.ravel(), minlength=self._shape[2])
         unused = np.flatnonzero(counts == 0)
         if not unused.size:
             return
+        own = self._local(window.start, m)
         gains, words = [], []
-        for position in range(self._n_positions):
-            rows = self._block(m, position)
-            residual = self._residual[groups, rows]
-            step = np.linalg.solve(self._gram[groups, rows, rows], residual)
-            gains.append((residual * step).sum(axis=1))
-            words.append(self._weight[groups, rows] + step)
+        for start in range(own.start, own.stop, dim):
+            rows = slice(start, start + dim)
+            residual = window.residual[groups, :, rows]
+            gram = window.gram[groups, rows, rows]
+            step = np.linalg.solve(gram, residual.swapaxes(1, 2)).swapaxes(1, 2)
+            gains.append((residual * step).sum(axis=2))
+            words.append(window.weight[groups, :, rows] + step)
         gain = np.stack(gains)
         worst = np.argsort(-gain.max(axis=0), axis=None, kind="stable")[: unused.size]
         group, output = np.unravel_index(worst, gain.shape[1:])
-        position_of = gain[:, group, output].argmax(axis=0)
-        helps = gain[position_of, group, output] > 0
+        position = gain[:, group, output].argmax(axis=0)
+        helps = gain[position, group, output] > 0
         unused = unused[: helps.size][helps]
-        group, output, position_of = group[helps], output[helps], position_of[helps]
-        vectors = np.stack(words)[position_of, group, :, output]
-        self.codebooks[chosen, m, unused, : vectors.shape[1]] = vectors
-        codes[position_of, group, output] = unused
-        self._decode(m)
+        group, output, position = group[helps], output[helps], position[helps]
+        self._books[m][chosen, unused] = np.stack(words)[position, group, output]
+        codes[group, output, position] = unused
+        self._assign(window, m, choose=False)
 
-    def _update_codewords(self, m: int, chosen: int) -> None:
+    def _update_codewords(self, window: _Window, m: int, chosen: int) -> None:
         """Solve the least-squares problem of all codewords of one subspace at once.
 
-        Codewords that meet in one output are coupled: the normal matrix is
-        ``A[k, i, l, j] = sum over t, u of N_tu[k, l] H_tu[i, j]``, where ``N_tu``
-        counts the outputs with codeword ``k`` at position ``t`` and ``l`` at ``u``,
-        and ``H_tu`` is the Gram matrix of the inputs at ``t`` and ``u``.
+        Codewords that meet in one output are coupled, see
+        ``qcnn_quantizer::descent::normal_matrix``.
         """
-        groups, rows = self._sets[chosen], self._subspaces[m]
-        blocks = self._blocks(self._gram[groups, rows, rows])
-        residual = self._vectors(self._residual[groups, rows])
-        # Only codewords in use, numbered without gaps.
-        used, codes = np.unique(self._codes[m, :, groups], return_inverse=True)
-        codes = codes.reshape(residual.shape[:-1])
-        n_used, dim = used.size, residual.shape[-1]
-        membership = csr_array(
-            (np.ones(codes.size), codes.ravel(), np.arange(codes.size + 1)),
-            shape=(codes.size, n_used),
+        groups, dim, own = (
+            self._sets[chosen],
+            self._dims[m],
+            self._local(window.start, m),
         )
-        gradient = membership.T @ residual.reshape(-1, dim)
-        if self._n_positions == 1:
+        n_centroids = self._shape[2]
+        gram = np.ascontiguousarray(window.gram[groups, own, own])
+        codes = self._codes[m, groups]
+        flat = codes.ravel()
+        residual = self._vectors(window.residual[groups, :, own], m).reshape(-1, dim)
+        gradient = np.stack(
+            [np.bincount(flat, part, minlength=n_centroids) for part in residual.T],
+            axis=1,
+        )
+        unused = np.bincount(flat, minlength=n_centroids) == 0
+        if codes.shape[2] == 1:
             # An output has one codeword: nothing is coupled.
             counts = np.stack(
-                [np.bincount(group.ravel(), minlength=n_used) for group in codes[0]]
+                [np.bincount(group.ravel(), minlength=n_centroids) for group in codes]
             )
-            normal = np.tensordot(counts, blocks[:, 0, 0], axes=(0, 0))
+            normal = np.tensordot(counts, gram, axes=(0, 0))
+            normal[unused] = np.eye(dim)
             step = np.linalg.solve(normal, gradient[:, :, None])[:, :, 0]
         else:
-            # As a sparse matrix of counts, rows (k, l), columns (group, t, u).
-            by_output = codes.transpose(1, 2, 0)
-            pairs = by_output[..., :, None] * n_used + by_output[..., None, :]
-            columns = np.arange(blocks[..., 0, 0].size).reshape(blocks.shape[:3])
-            columns = np.broadcast_to(columns[:, None], pairs.shape)
-            counts = coo_array(
-                (np.ones(pairs.size), (pairs.ravel(), columns.ravel())),
-                shape=(n_used * n_used, blocks[..., 0, 0].size),
-            ).tocsr()
-            normal = (counts @ blocks.reshape(-1, dim * dim)).reshape(
-                n_used, n_used, dim, dim
+            size = n_centroids * dim
+            normal = _engine.normal_matrix(gram, codes, n_centroids).reshape(size, size)
+            free = np.flatnonzero(np.repeat(unused, dim))
+            normal[free, free] = 1.0
+            factor = cho_factor(
+                normal, lower=True, overwrite_a=True, check_finite=False
             )
-            normal = normal.transpose(0, 2, 1, 3).reshape(n_used * dim, n_used * dim)
-            factor = cho_factor(normal, lower=True, overwrite_a=True)
-            step = cho_solve(factor, gradient.ravel()).reshape(n_used, dim)
-        self.codebooks[chosen, m, used, :dim] += step
-        self._decode(m)
+            step = cho_solve(factor, gradient.ravel(), check_finite=False)
+        self._books[m][chosen] += step.reshape(n_centroids, dim)
+        self._assign(window, m, choose=False)
 
-    def _block(self, m: int, position: int) -> slice:
-        """Rows of one sub-vector."""
-        rows = self._subspaces[m]
-        dim = (rows.stop - rows.start) // self._n_positions
-        start = rows.start + position * dim
-        return slice(start, start + dim)
 
-    def _blocks(self, gram: Array64) -> Array64:
-        """View a subspace's Gram matrices as (groups, t, u, dim, dim)."""
-        n = self._n_positions
-        return gram.reshape(len(gram), n, -1, n, gram.shape[1] // n).swapaxes(2, 3)
-
-    def _vectors(self, matrix: Array64) -> Array64:
-        """View a subspace's rows as sub-vectors (positions, groups, outputs, dim)."""
-        groups, n_rows, n_outputs = matrix.shape
-        n = self._n_positions
-        split = matrix.reshape(groups, n, n_rows // n, n_outputs)
-        return split.transpose(1, 0, 3, 2)
-
-    def _book(self, m: int) -> Array64:
-        """Codewords of a subspace, without padding, shape (sets, K, dim)."""
-        rows = self._block(m, 0)
-        return self.codebooks[:, m, :, : rows.stop - rows.start]
-
-    def _words(self, m: int, codes: Codes) -> Array64:
-        """Weights, shape (groups, dim, outputs), that codes of one block stand for."""
-        sets = np.arange(len(self._sets))[:, None]
-        return self._book(m)[sets, codes].transpose(0, 2, 1)
-
-    def _decode(self, m: int) -> None:
-        """Set the weights of a subspace to its codewords."""
-        words = [self._words(m, codes) for codes in self._codes[m]]
-        self._set_weight(self._subspaces[m], np.concatenate(words, axis=1))
-
-    def _set_weight(self, rows: slice, weight: Array64) -> None:
-        change = weight - self._weight[:, rows]
-        window = self._window
-        self._residual[:, window] -= self._gram[:, window, rows] @ change
-        self._weight[:, rows] = weight
+def _threads() -> int:
+    """Return the threads of the engine's loops: those BLAS has, or all cores."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdigit() else len(os.sched_getaffinity(0))

@@ -294,10 +294,8 @@ def mean_over_batches(
 
 def without_softmax(network: Network) -> Network:
     """Return the network up to its logits."""
-    if network.output == network.input_name:
-        return network
-    last = network.node(network.output)
-    return network.truncated(last.inputs[0]) if last.op == "softmax" else network
+    softmax = network.final_softmax
+    return network if softmax is None else network.truncated(softmax.inputs[0])
 
 
 def _with_dropout(network: Network, rate: float | None) -> Network:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import jax
@@ -283,6 +284,22 @@ def _window_lengths(
     return counted
 
 
+def _slice(x: jax.Array, attributes: _Attributes) -> jax.Array:
+    ranges = zip(*(attributes[key] for key in ("start", "step", "shape")), strict=True)
+    return x[:, *(slice(a, a + step * n, step) for a, step, n in ranges)]
+
+
+def _pad(x: jax.Array, attributes: _Attributes) -> jax.Array:
+    widths = zip(attributes["before"], attributes["after"], strict=True)
+    return jnp.pad(x, [(0, 0), *widths], constant_values=attributes["value"])
+
+
+def _transpose(x: jax.Array, attributes: _Attributes) -> jax.Array:
+    view = x.reshape(-1, *attributes["view"])
+    moved = view.transpose(0, *(axis + 1 for axis in attributes["axes"]))
+    return moved.reshape(-1, *attributes["shape"])
+
+
 def _elementwise(
     function: Callable[[jax.Array, _Attributes], jax.Array],
 ) -> _Operation:
@@ -309,6 +326,11 @@ _OPERATIONS: Mapping[str, _Operation] = {
     "hard_swish": _elementwise(lambda x, _: x * jnp.clip(x / 6 + 0.5, 0, 1)),
     "silu": _elementwise(lambda x, _: jax.nn.silu(x)),
     "softmax": _elementwise(lambda x, _: jax.nn.softmax(x, axis=1)),
+    "log_softmax": _elementwise(lambda x, _: jax.nn.log_softmax(x, axis=1)),
+    "slice": _elementwise(_slice),
+    "pad": _elementwise(_pad),
+    "transpose": _elementwise(_transpose),
     "add": lambda attributes, operands, own: sum(operands[1:], start=operands[0]),
+    "mul": lambda attributes, operands, own: prod(operands[1:], start=operands[0]),
     "concat": lambda attributes, operands, own: jnp.concatenate(operands, axis=1),
 }

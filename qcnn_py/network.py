@@ -150,6 +150,11 @@ class LayerInfo:
         """Input channels of one group, or input features."""
         return self.input_shape[0] // self.groups
 
+    @property
+    def depthwise(self) -> bool:
+        """Whether each output of a convolution sees one input channel of several."""
+        return self.groups > 1 and self.channels == 1
+
 
 def decode(codebooks: Any, codes: CodeArray, channels: int) -> Any:
     """Return the dense weights that codes stand for.
@@ -412,6 +417,18 @@ class Network:
         """Per-image shape of every value, the input included."""
         return self._shapes
 
+    @property
+    def final_softmax(self) -> Node | None:
+        """Node that makes the outputs probabilities, if there is one."""
+        name = self.output
+        while (node := self._by_name.get(name)) is not None:
+            if node.op == "softmax":
+                return node
+            if node.op not in ("flatten", "reshape"):
+                break
+            name = node.inputs[0]
+        return None
+
     def node(self, name: str) -> Node:
         """Return the node called `name`; ``KeyError`` if there is none."""
         return self._by_name[name]
@@ -664,14 +681,16 @@ class Network:
             metadata=self._graph["metadata"],
         )
 
-    def to_onnx(self, path: str | PathLike[str]) -> None:
-        """Write the network, weights decoded to dense float32, as ONNX.
+    def to_onnx(self, path: str | PathLike[str], *, compact: bool = False) -> None:
+        """Write the network as ONNX.
 
-        Needs the package ``onnx`` (extra ``bench``).
+        Weights are decoded to dense float32. In a `compact` file they stay codebooks
+        and packed codes, which standard operators decode when the file is loaded.
+        Needs the package ``onnx`` (extra ``onnx``).
         """
         from qcnn_py.onnx_export import to_onnx
 
-        to_onnx(self, path)
+        to_onnx(self, path, compact=compact)
 
     def __repr__(self) -> str:
         """Return a one-line summary."""

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from os import PathLike, fspath
+from collections.abc import Iterable, Sequence
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -29,8 +29,21 @@ _FIRST_OPSET = 6
 # Batch sizes that stand for any.
 _PROBES = (5, 7)
 # Operators that leave the order of axes to others.
-_ELEMENTWISE = frozenset({"Add", "Cast", "Clip", "Div", "Identity", "Mul", "Relu", "Sub"})
+_ELEMENTWISE = frozenset(
+    {"Add", "Cast", "Clip", "Div", "Identity", "Mul", "Relu", "Sub"}
+)
 _TO_CHANNELS_FIRST = [0, 3, 1, 2]
+# What attributes, tensors or operands raise that do not fit together.
+_MALFORMED = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    TypeError,
+    ValueError,
+)
+# What a translation returns where it is not a list.
+_SINGLE = (Value, Constant)
 
 
 def read_onnx(
@@ -86,7 +99,6 @@ def read_onnx(
         ) from error
     try:
         model = onnx.load(path)
-        checker.check_model(fspath(path))
         if model.functions:
             model = inliner.inline_local_functions(model)
     except (DecodeError, checker.ValidationError) as error:
@@ -96,6 +108,9 @@ def read_onnx(
         return _Import(model, input_shape, output).network()
     except QcnnError as error:
         raise type(error)(f"{path}: {error}") from error
+    except _MALFORMED as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ModelFormatError(f"{path}: not a valid ONNX model: {reason}") from error
 
 
 class _Import:
@@ -113,9 +128,7 @@ class _Import:
         self._needed = _needed(graph.node, {self._output})
         initializers = {tensor.name: tensor for tensor in graph.initializer}
         inputs = [
-            value
-            for value in graph.input
-            if value.name not in initializers and value.name in self._needed
+            v for v in graph.input if v.name in self._needed - initializers.keys()
         ]
         if len(inputs) != 1:
             names = ", ".join(repr(value.name) for value in inputs) or "none"
@@ -141,10 +154,11 @@ class _Import:
     def network(self) -> Network:
         """Translate all nodes that the output needs."""
         self._translate(self._model.graph.node)
-        result = self._values[self._output]
+        result = self._values.get(self._output)
         if not isinstance(result, Value):
+            found = "constant" if result else "not computed by any node"
             raise ModelFormatError(
-                f"output {self._output!r} is constant, expected one that depends on "
+                f"output {self._output!r} is {found}, expected one that depends on "
                 f"{self._input.name!r}"
             )
         metadata: dict[str, Any] = {"origin": "ONNX"}
@@ -157,13 +171,21 @@ class _Import:
         for node in nodes:
             if self._needed.isdisjoint(node.output):
                 continue
-            inputs = [self._values[name] if name else None for name in node.input]
+            inputs = [self._operand(node, name) for name in node.input]
             if node.op_type == "If" and isinstance(inputs[0], Constant):
                 self._branch(node, inputs[0])
             elif any(isinstance(value, Value) for value in inputs):
                 self._append(node, inputs)
             else:
                 self._fold(node, inputs)
+
+    def _operand(self, node: Any, name: str) -> Value | Constant | None:
+        if name and name not in self._values:
+            raise ModelFormatError(
+                f"node {_shown(node)!r} ({node.op_type}): nothing before it computes "
+                f"its input {name!r}"
+            )
+        return self._values.get(name)
 
     def _branch(self, node: Any, condition: Constant) -> None:
         """Translate the one branch that the condition chooses."""
@@ -173,7 +195,7 @@ class _Import:
                 "batch"
             )
         wanted = "then_branch" if condition.arrays[0].item() else "else_branch"
-        branch = next(a.g for a in node.attribute if a.name == wanted)
+        (branch,) = (a.g for a in node.attribute if a.name == wanted)
         from onnx import numpy_helper
 
         for tensor in branch.initializer:
@@ -192,56 +214,68 @@ class _Import:
             domain = f" of domain {node.domain!r}" if node.domain else ""
             raise UnsupportedOperator(
                 f"node {name!r} ({node.op_type}): networks have no such operator"
-                f"{domain}; it would have to be rewritten with {', '.join(sorted(OPERATORS))}"
+                f"{domain}; expected one of {', '.join(sorted(OPERATORS))}"
             )
         attributes = {a.name: _attribute(helper, a) for a in node.attribute}
         if node.op_type == "Split":
             attributes["n_outputs"] = len(node.output)
         self._graph.label = _label(node, inputs)
         used = (i for i, out in enumerate(node.output) if out in self._needed)
-        translated = OPERATORS[node.op_type](
-            OnnxNode(
-                op=node.op_type,
-                name=name,
-                inputs=tuple(inputs),
-                attributes=attributes,
-                opset=self._opset,
-                outputs_used=frozenset(used),
-                batches=self._batches,
-                graph=self._graph,
-            )
+        wrapped = OnnxNode(
+            op=node.op_type,
+            name=name,
+            inputs=tuple(inputs),
+            attributes=attributes,
+            opset=self._opset,
+            outputs_used=frozenset(used),
+            batches=self._batches,
+            graph=self._graph,
         )
-        if isinstance(translated, (Value, Constant)):
-            translated = [translated]
+        try:
+            translated = OPERATORS[node.op_type].translate(wrapped)
+        except QcnnError:
+            raise
+        except _MALFORMED as error:
+            raise ModelFormatError(
+                f"node {name!r} ({node.op_type}): {type(error).__name__}: {error}"
+            ) from error
+        results = [translated] if isinstance(translated, _SINGLE) else translated
         # What an operator has beyond these is not used.
-        self._values.update(zip(node.output, translated, strict=False))
+        self._values.update(zip(node.output, results, strict=False))
 
     def _fold(self, node: Any, inputs: Sequence[Any]) -> None:
         """Evaluate a node that does not depend on the image."""
+        from onnx import GraphProto, ValueInfoProto
         from onnx.reference import ReferenceEvaluator
 
         n = 1 if all(v is None or v.fixed for v in inputs) else len(self._batches)
-        names = [name for name in node.input if name]
+        known = {name: v for name, v in zip(node.input, inputs, strict=True) if v}
+        outputs = [name for name in node.output if name]
+        # A node alone would be taken for one of the newest opset.
+        graph = GraphProto(
+            node=[node],
+            input=[ValueInfoProto(name=name) for name in known],
+            output=[ValueInfoProto(name=name) for name in outputs],
+        )
         opsets = {o.domain: o.version for o in self._model.opset_import}
         try:
-            evaluator = ReferenceEvaluator(node, opsets=opsets)
-            results = []
-            for i in range(n):
-                arrays = [value.arrays[i] for value in inputs if value is not None]
-                feeds = dict(zip(names, arrays, strict=True))
-                results.append(evaluator.run(None, feeds))
+            evaluator = ReferenceEvaluator(graph, opsets=opsets)
+            results = [
+                evaluator.run(None, {name: v.arrays[i] for name, v in known.items()})
+                for i in range(n)
+            ]
         # Whatever the evaluator raises: it is about this node.
         except Exception as error:
             raise UnsupportedOperator(
                 f"node {_shown(node)!r} ({node.op_type}): it does not depend on the "
                 f"image but cannot be evaluated: {type(error).__name__}: {error}"
             ) from error
-        # What a constant is made from names it.
-        sources = [v.source for v in inputs if isinstance(v, Constant) and v.source]
-        source = sources[0] if sources else node.output[0]
-        for name, *arrays in zip(node.output, *results, strict=True):
-            if name:
-                self._values[name] = self._constant(arrays, source)
+        # A weight is named by what it is made from, where it has no telling name.
+        source = outputs[0]
+        if not _WEIGHT.search(source):
+            source = next((v.source for v in known.values()), source)
+        for name, *arrays in zip(outputs, *results, strict=True):
+            self._values[name] = self._constant(arrays, source)
 
     def _constant(self, arrays: Sequence[npt.NDArray[Any]], source: str) -> Constant:
         checked = [np.asarray(array) for array in arrays]
@@ -298,20 +332,24 @@ def _input_shape(
     if kind.elem_type != TensorProto.FLOAT:
         got = TensorProto.DataType.Name(kind.elem_type)
         raise ModelFormatError(f"input {value.name!r} is {got}, expected FLOAT")
-    dims = [d.dim_value or d.dim_param or "?" for d in kind.shape.dim]
+    dims = [
+        d.dim_value if d.HasField("dim_value") else d.dim_param or "?"
+        for d in kind.shape.dim
+    ]
     shown = f"input {value.name!r} has shape ({', '.join(map(str, dims))})"
     if len(dims) not in (2, 4):
         raise ShapeError(f"{shown}, expected (N, features) or (N, channels, H, W)")
     batches = (dims[0],) if isinstance(dims[0], int) else _PROBES
-    shape = dims[1:] if wanted is None else list(wanted)
-    if any(not isinstance(n, int) or n < 1 for n in shape):
+    given = dims[1:] if wanted is None else list(wanted)
+    shape = tuple(n for n in given if isinstance(n, int))
+    if len(shape) != len(given):
         raise ShapeError(f"{shown}, which is open; give input_shape")
-    pairs = zip(shape, dims[1:], strict=False)
-    if len(shape) != len(dims) - 1 or any(
-        isinstance(n, int) and n != m for m, n in pairs
-    ):
-        raise ShapeError(f"{shown}, but input_shape is {tuple(shape)}")
-    return tuple(shape), batches
+    if min(*shape, *batches) < 1:
+        raise ShapeError(f"{shown}, expected extents of at least 1")
+    fits = (m == n or isinstance(m, str) for m, n in zip(dims[1:], shape, strict=False))
+    if len(shape) != len(dims) - 1 or not all(fits):
+        raise ShapeError(f"{shown}, but input_shape is {shape}")
+    return shape, batches
 
 
 def _starts_with_transposition(graph: Any, name: str) -> bool:

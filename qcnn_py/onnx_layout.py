@@ -110,10 +110,10 @@ class Value:
         Axes of `array` behind those of the value stay the last.
         """
         factors = self.factors
-        split = array.reshape(*factors, *array.shape[len(self.axes) :])
-        behind = range(len(factors), split.ndim)
-        moved = split.transpose(*self.order, *behind)
-        return moved.reshape(-1, *array.shape[len(self.axes) :])
+        behind = array.shape[len(self.axes) :]
+        split = array.reshape((*factors, *behind))
+        moved = split.transpose((*self.order, *range(len(factors), split.ndim)))
+        return moved.reshape((-1, *behind))
 
     def _keyed(self) -> list[_Keyed]:
         """Return each axis's factors, each with a key that sorts as memory does."""
@@ -305,9 +305,8 @@ class GraphBuilder:
 
     def reshaped(self, value: Value, shape: Sequence[int]) -> Value:
         """Return a value with other axes."""
-        return (
-            value.reshaped(shape)
-            or Value.contiguous(self.ordered(value).name, shape)
+        return value.reshaped(shape) or Value.contiguous(
+            self.ordered(value).name, shape
         )
 
     def apply(self, op: str, value: Value, **attributes: Any) -> Value:
@@ -422,7 +421,9 @@ class GraphBuilder:
         shape = (total, *self._shapes[names[0]][1:])
         name = self.append("concat", names, shape)
         joined = Value.contiguous(name, [total, *extents])
-        back = [others.index(a) + 1 if a != axis else 0 for a in range(len(extents) + 1)]
+        back = [
+            others.index(a) + 1 if a != axis else 0 for a in range(len(extents) + 1)
+        ]
         return joined.transposed(back)
 
     def reduced(self, op: str, value: Value, axes: Sequence[int]) -> Value:
@@ -454,9 +455,7 @@ class GraphBuilder:
         name = self.append(op, [self.placed(value, order, shape)], shape)
         return Value(name, value.axes, tuple(order))
 
-    def sliced(
-        self, value: Value, ranges: Mapping[int, tuple[int, int, int]]
-    ) -> Value:
+    def sliced(self, value: Value, ranges: Mapping[int, tuple[int, int, int]]) -> Value:
         """Append a slice.
 
         Parameters
@@ -519,10 +518,12 @@ class GraphBuilder:
         keyed = value._keyed()
         for axis, factors in enumerate(keyed):
             if axis in marks and not factors:
-                # An axis of extent 1 has no factor. It gets one, behind the axis before.
+                # An axis of extent 1 gets a factor, behind those of the axis before.
                 before = [item[-1][1] for item in keyed[:axis] if item]
                 keyed[axis] = [(1, (*(before or [(-1,)])[-1], axis))]
-        flat = sorted((key, size, a) for a, axis in enumerate(keyed) for size, key in axis)
+        flat = sorted(
+            (key, size, a) for a, axis in enumerate(keyed) for size, key in axis
+        )
         sizes = [size for _, size, _ in flat]
         lying = [marks.get(axis) for _, _, axis in flat]
         frame = _framed(self._shapes[value.name], sizes, lying)
@@ -563,7 +564,9 @@ def _aligned(
     for extent in shape:
         taken: list[Any] = []
         rest = extent
-        while rest > 1 or (extent == 1 and pending and pending[-1][0] == 1 and not taken):
+        while rest > 1 or (
+            extent == 1 and pending and pending[-1][0] == 1 and not taken
+        ):
             if not pending or rest % pending[-1][0]:
                 return None
             size, mark = pending.pop()
@@ -575,9 +578,7 @@ def _aligned(
     return None if pending else frame
 
 
-def _merged(
-    sizes: Sequence[int], marks: Sequence[Any]
-) -> list[tuple[int, Any]] | None:
+def _merged(sizes: Sequence[int], marks: Sequence[Any]) -> list[tuple[int, Any]] | None:
     """Frame with neighbours of the same mark joined."""
     frame: list[tuple[int, Any]] = []
     for size, mark in zip(sizes, marks, strict=True):

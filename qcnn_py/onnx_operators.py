@@ -1,13 +1,13 @@
 """What becomes of each ONNX operator: the table behind :func:`qcnn_py.read_onnx`.
 
 Operators are those of https://onnx.ai/onnx/operators/. One function translates one
-operator, in all versions from opset 6 on; the first line of its docstring is its entry
-in ``docs/onnx.md``. Run as a program, this module prints that table.
+operator, in all versions from opset 6 on. Run as a program, this module prints the
+table of operators in ``docs/onnx.md``.
 """
 
 from __future__ import annotations
 
-import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -24,6 +24,8 @@ __all__ = ["OPERATORS", "Constant", "OnnxNode", "operator_table"]
 Array = npt.NDArray[Any]
 # Bounds of values that are bounded on one side only.
 _LARGEST = float(np.finfo(np.float32).max)
+# Slices that one node may become.
+_MOST_PIECES = 64
 
 
 @dataclass(frozen=True)
@@ -150,47 +152,64 @@ class OnnxNode:
             array = array[0]
         elif not constant.fixed:
             raise self.unsupported("the constant depends on the size of the batch")
-        shape = np.broadcast_shapes(array.shape, value.shape)
-        if shape != value.shape:
+        if self.broadcast(array.shape, value.shape) != value.shape:
             raise self.unsupported(
                 f"a constant of shape {array.shape} would repeat a value of shape "
                 f"{value.shape}; expected one that is repeated itself"
             )
         return array.astype(np.float64)
 
+    def broadcast(self, *shapes: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape that operands have together."""
+        try:
+            return np.broadcast_shapes(*map(tuple, shapes))
+        except ValueError:
+            shown = " and ".join(str(tuple(shape)) for shape in shapes)
+            raise self.unsupported(f"shapes {shown} do not fit together") from None
+
 
 Translate = Callable[[OnnxNode], Result]
-OPERATORS: dict[str, Translate] = {}
 
 
-def _operator(*names: str) -> Callable[[Translate], Translate]:
-    def register(function: Translate) -> Translate:
-        OPERATORS.update(dict.fromkeys(names, function))
-        return function
+@dataclass(frozen=True)
+class Operator:
+    """How an operator is translated, and what ``docs/onnx.md`` says about it."""
+
+    translate: Translate
+    becomes: str
+
+
+OPERATORS: dict[str, Operator] = {}
+
+
+def _operator(becomes: str, *names: str) -> Callable[[Translate], Translate]:
+    """Register the translation of operators; `becomes` is for the documentation."""
+
+    def register(translate: Translate) -> Translate:
+        OPERATORS.update(dict.fromkeys(names, Operator(translate, becomes)))
+        return translate
 
     return register
 
 
 def operator_table() -> str:
     """Return the table of operators in ``docs/onnx.md``."""
-    rows: dict[Translate, list[str]] = {}
-    for name in sorted(OPERATORS):
-        rows.setdefault(OPERATORS[name], []).append(f"`{name}`")
-    lines = ["| operator | becomes |", "|---|---|"]
-    for function, names in rows.items():
-        text = (function.__doc__ or "").partition("\n\n")[0]
-        described = re.sub(r"\s+", " ", text.replace("``", "`")).strip()
-        lines.append(f"| {', '.join(names)} | {described} |")
-    return "\n".join(lines) + "\n"
+    rows: dict[int, tuple[list[str], str]] = {}
+    for name, operator in sorted(OPERATORS.items()):
+        rows.setdefault(id(operator), ([], operator.becomes))[0].append(f"`{name}`")
+    lines = [f"| {', '.join(names)} | {becomes} |" for names, becomes in rows.values()]
+    return "\n".join(["| operator | becomes |", "|---|---|", *lines]) + "\n"
 
 
 # --- layers with weights
 
 
-@_operator("Conv")
+@_operator(
+    "`conv`, all attributes; 1-D too, as an image of one column. Padding with zeros "
+    "before it becomes its own. Weights have to be constant",
+    "Conv",
+)
 def _conv(node: OnnxNode) -> Value:
-    """``conv``, all attributes; 1-D too, as an image of one column. Padding with zeros
-    before it becomes its own. Weights have to be constant."""
     value = node.value()
     weight = node.constant(1, "the weight").astype(np.float32)
     n_spatial = _spatial(node, value)
@@ -207,7 +226,9 @@ def _conv(node: OnnxNode) -> Value:
         before, after = pad.attributes["before"], pad.attributes["after"]
         if len(before) == 3 and not before[0] and not after[0]:
             source = pad.inputs[0]
-            padding = [a + b for a, b in zip(padding, before[1:] + after[1:], strict=True)]
+            padding = [
+                a + b for a, b in zip(padding, before[1:] + after[1:], strict=True)
+            ]
     tensors = {"weight": weight.reshape(*weight.shape[:2], *kernel)}
     if bias := node.given(2):
         tensors["bias"] = node.constant(2, "the bias")
@@ -226,33 +247,41 @@ def _conv(node: OnnxNode) -> Value:
     return Value.contiguous(name, (outputs, *extents))
 
 
-@_operator("Gemm")
+@_operator(
+    "`fc`; `transA` is refused, weights have to be constant",
+    "Gemm",
+)
 def _gemm(node: OnnxNode) -> Value:
-    """``fc``; ``transA`` is refused, weights have to be constant."""
     value = node.value()
     if node.attributes.get("transA", 0):
         raise node.unsupported("transA is 1, which mixes the images of a batch")
-    weight = node.constant(1, "the weight") * np.float32(node.attributes.get("alpha", 1))
+    weight = _scaled(node.constant(1, "the weight"), node.attributes.get("alpha", 1))
     if not node.attributes.get("transB", 0):
         weight = weight.T
     bias = None
     if node.given(2):
-        bias = node.constant(2, "the bias") * np.float32(node.attributes.get("beta", 1))
+        bias = _scaled(node.constant(2, "the bias"), node.attributes.get("beta", 1))
         if bias.ndim == 2 and len(bias) > 1:
             raise node.unsupported("the bias differs between images of a batch")
         bias = np.broadcast_to(bias.reshape(-1), len(weight))
     return _fully_connected(node, value, weight, bias)
 
 
-@_operator("MatMul")
+@_operator(
+    "`fc` of features, a 1x1 `conv` of what has more axes; the second operand is a "
+    "constant matrix. An `Add` behind it becomes its bias",
+    "MatMul",
+)
 def _matmul(node: OnnxNode) -> Value:
-    """``fc`` of features, a 1x1 ``conv`` of what has more axes; the second operand is a
-    constant matrix. An ``Add`` behind it becomes its bias."""
     value = node.value()
     weight = node.constant(1, "the second operand")
     if weight.ndim != 2:
         raise node.unsupported(f"the second operand has {weight.ndim} axes, expected 2")
     return _fully_connected(node, value, weight.T, None)
+
+
+def _scaled(array: Array, factor: float) -> Array:
+    return array if factor == 1 else array * np.float32(factor)
 
 
 def _fully_connected(
@@ -261,7 +290,7 @@ def _fully_connected(
     features = value.shape[-1] if value.shape else 1
     if weight.ndim != 2 or weight.shape[1] != features:
         raise node.unsupported(
-            f"the weights take {weight.shape[1:]} features, but the input has {features}"
+            f"the weights have shape {weight.shape}, but the input {features} features"
         )
     outputs = len(weight)
     tensors = {} if bias is None else {"bias": bias}
@@ -294,17 +323,23 @@ def _fully_connected(
 # --- windows
 
 
-@_operator("MaxPool")
+@_operator(
+    "`max_pool`, with dilation of a `slice` for each window; no `Indices`, padding "
+    "narrower than the kernel",
+    "MaxPool",
+)
 def _max_pool(node: OnnxNode) -> Value:
-    """``max_pool``; no dilation, no ``Indices``, padding narrower than the kernel."""
     if 1 in node.outputs_used:
         raise node.unsupported("its output Indices is used")
     return _pool(node, "max_pool", {})
 
 
-@_operator("AveragePool")
+@_operator(
+    "`average_pool`, with dilation of a `slice` for each window; padding narrower "
+    "than the kernel",
+    "AveragePool",
+)
 def _average_pool(node: OnnxNode) -> Value:
-    """``average_pool``; no dilation, padding narrower than the kernel."""
     counted = bool(node.attributes.get("count_include_pad", 0))
     return _pool(node, "average_pool", {"count_include_pad": counted})
 
@@ -313,33 +348,80 @@ def _pool(node: OnnxNode, op: str, attributes: dict[str, Any]) -> Value:
     value = node.value()
     _spatial(node, value)
     taps = node.attributes["kernel_shape"]
-    if any(d != 1 for d in node.attributes.get("dilations", ())):
-        raise node.unsupported("dilations are not 1; pooling windows have no gaps here")
-    extents, kernel, stride, padding, _ = _window(node, value, taps)
+    extents, kernel, stride, padding, dilation = _window(node, value, taps)
+    if kernel == stride == [1, 1] and not any(padding):
+        return value
+    channels = value.shape[0]
+    if any(d > 1 and k > 1 for d, k in zip(dilation, kernel, strict=True)):
+        return _dilated_pool(
+            node, op, attributes, extents, kernel, stride, padding, dilation
+        )
     attributes |= {
         "kernel": kernel,
         "stride": stride,
         "padding": padding,
         "ceil_mode": bool(node.attributes.get("ceil_mode", 0)),
     }
-    channels = value.shape[0]
     shape = (channels, *_filled(extents, 1))
     name = node.graph.append(op, [_image(node, value).name], shape, attributes)
     return Value.contiguous(name, (channels, *extents))
+
+
+def _dilated_pool(
+    node: OnnxNode,
+    op: str,
+    attributes: dict[str, Any],
+    extents: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Value:
+    """Pooling whose windows have gaps: they are taken apart and laid side by side."""
+    value, graph = node.value(), node.graph
+    shares = np.ones(1)
+    for i, count in enumerate(extents):
+        axis, extent = i + 1, value.shape[i + 1]
+        before, after = padding[i], padding[i + 2]
+        # Places of each window in the padded axis.
+        places = np.add.outer(
+            stride[i] * np.arange(count), dilation[i] * np.arange(kernel[i])
+        )
+        behind = max(int(places.max()) + 1 - extent - before, 0)
+        if before or behind:
+            number = -_LARGEST if op == "max_pool" else 0.0
+            value = graph.padded(value, {axis: (before, behind)}, number)
+        value = _taken(node, value, axis, places.ravel().tolist())
+        inside = places < before + extent
+        if attributes.get("count_include_pad"):
+            inside = places < before + extent + after
+        else:
+            inside &= places >= before
+        shares = np.multiply.outer(shares, kernel[i] / inside.sum(1))
+    shape = (value.shape[0], *_filled(extents, 1))
+    attributes |= {
+        "kernel": kernel,
+        "stride": kernel,
+        "padding": [0] * 4,
+        "ceil_mode": False,
+    }
+    name = graph.append(op, [_image(node, value).name], shape, attributes)
+    pooled = Value.contiguous(name, (value.shape[0], *extents))
+    return pooled if op == "max_pool" else graph.affine(pooled, shares, 0)
 
 
 def _spatial(node: OnnxNode, value: Value) -> int:
     n_spatial = len(value.shape) - 1
     if n_spatial not in (1, 2):
         raise node.unsupported(
-            f"its input has shape (N, {', '.join(map(str, value.shape))}), expected one "
+            f"an image of its input has shape {value.shape}, expected channels and one "
             "or two spatial axes"
         )
     return n_spatial
 
 
 def _image(node: OnnxNode, value: Value) -> Value:
-    """The value as the network sees it: (channels, height, width)."""
+    """Return the value as the network sees it: (channels, height, width)."""
     return node.graph.ordered(value, (value.shape[0], *_filled(value.shape[1:], 1)))
 
 
@@ -366,7 +448,9 @@ def _window(
             before.append(half)
             after.append(missing - half)
     else:
-        pads = [0] * 2 * n if auto == "VALID" else node.attributes.get("pads", [0] * 2 * n)
+        pads = (
+            [0] * 2 * n if auto == "VALID" else node.attributes.get("pads", [0] * 2 * n)
+        )
         before, after = list(pads[:n]), list(pads[n:])
     if any(pad < 0 for pad in before + after):
         raise node.unsupported(f"pads are {before + after}, expected at least 0")
@@ -393,15 +477,19 @@ def _window(
     )
 
 
-@_operator("GlobalAveragePool")
+@_operator(
+    "`global_average_pool`",
+    "GlobalAveragePool",
+)
 def _global_average_pool(node: OnnxNode) -> Value:
-    """``global_average_pool``"""
     return _over_pixels(node, "global_average_pool")
 
 
-@_operator("GlobalMaxPool")
+@_operator(
+    "`global_max_pool`",
+    "GlobalMaxPool",
+)
 def _global_max_pool(node: OnnxNode) -> Value:
-    """``global_max_pool``"""
     return _over_pixels(node, "global_max_pool")
 
 
@@ -410,21 +498,27 @@ def _over_pixels(node: OnnxNode, op: str) -> Value:
     return node.graph.reduced(op, value, range(1, len(value.shape)))
 
 
-@_operator("ReduceMean")
+@_operator(
+    "`global_average_pool` over the given axes",
+    "ReduceMean",
+)
 def _reduce_mean(node: OnnxNode) -> Value:
-    """``global_average_pool`` over the given axes"""
     return _reduce(node, "global_average_pool")[0]
 
 
-@_operator("ReduceMax")
+@_operator(
+    "`global_max_pool` over the given axes",
+    "ReduceMax",
+)
 def _reduce_max(node: OnnxNode) -> Value:
-    """``global_max_pool`` over the given axes"""
     return _reduce(node, "global_max_pool")[0]
 
 
-@_operator("ReduceSum")
+@_operator(
+    "`global_average_pool` over the given axes, times their extent",
+    "ReduceSum",
+)
 def _reduce_sum(node: OnnxNode) -> Value:
-    """``global_average_pool`` over the given axes, times their extent"""
     value, count = _reduce(node, "global_average_pool")
     return node.graph.affine(value, count, 0)
 
@@ -448,13 +542,17 @@ def _reduce(node: OnnxNode, op: str) -> tuple[Value, int]:
 # --- normalisation
 
 
-@_operator("BatchNormalization")
+@_operator(
+    "A factor and a summand per channel (`batch_norm`), folded into the layer "
+    "before where that is its only user; inference mode only",
+    "BatchNormalization",
+)
 def _batch_normalization(node: OnnxNode) -> Value:
-    """A factor and a summand per channel (``batch_norm``), folded into the layer before
-    where that is its only user; inference mode only."""
     value = node.value()
     if node.attributes.get("training_mode", 0) or node.outputs_used - {0}:
-        raise node.unsupported("it is in training mode, expected the mode for inference")
+        raise node.unsupported(
+            "it is in training mode, expected the mode for inference"
+        )
     if not node.attributes.get("spatial", 1):
         raise node.unsupported("spatial is 0, expected statistics for each channel")
     names = ("scale", "bias", "mean", "variance")
@@ -463,13 +561,18 @@ def _batch_normalization(node: OnnxNode) -> Value:
         node.constant(i, name).astype(np.float64).reshape(shape)
         for i, name in enumerate(names, start=1)
     )
-    factor = scale / np.sqrt(variance + node.attributes.get("epsilon", 1e-5))
+    radicand = variance + node.attributes.get("epsilon", 1e-5)
+    if not (radicand > 0).all():
+        raise node.unsupported("variance + epsilon is not positive in every channel")
+    factor = scale / np.sqrt(radicand)
     return node.graph.affine(value, factor, bias - mean * factor)
 
 
-@_operator("LRN")
+@_operator(
+    "`lrn`",
+    "LRN",
+)
 def _lrn(node: OnnxNode) -> Value:
-    """``lrn``"""
     value = node.value()
     _spatial(node, value)
     attributes = {
@@ -481,13 +584,18 @@ def _lrn(node: OnnxNode) -> Value:
     return node.graph.apply("lrn", _image(node, value), **attributes)
 
 
-@_operator("Softmax", "LogSoftmax")
+@_operator(
+    "`softmax`, `log_softmax` over any axis; up to opset 12 over the given axis and "
+    "all behind it",
+    "Softmax",
+    "LogSoftmax",
+)
 def _softmax(node: OnnxNode) -> Value:
-    """``softmax``, ``log_softmax`` over any axis; up to opset 12 over the given axis and
-    all behind it"""
     value = node.value()
     rank = len(value.shape)
-    (axis,) = node.axes(node.attributes.get("axis", -1 if node.opset >= 13 else 1), rank)
+    (axis,) = node.axes(
+        node.attributes.get("axis", -1 if node.opset >= 13 else 1), rank
+    )
     axes = [axis] if node.opset >= 13 else range(axis, rank)
     op = "softmax" if node.op == "Softmax" else "log_softmax"
     return node.graph.normalized(op, value, list(axes))
@@ -496,28 +604,41 @@ def _softmax(node: OnnxNode) -> Value:
 # --- functions of each element
 
 
-@_operator("Relu", "Sigmoid", "Tanh", "HardSwish")
+@_operator(
+    "The activation of the same name",
+    "Relu",
+    "Sigmoid",
+    "Tanh",
+    "HardSwish",
+)
 def _activation(node: OnnxNode) -> Value:
-    """The activation of the same name"""
     names = {"HardSwish": "hard_swish"}
     op = names.get(node.op, node.op.lower())
     return node.graph.apply(op, node.value())
 
 
-@_operator("LeakyRelu")
+@_operator(
+    "`leaky_relu`",
+    "LeakyRelu",
+)
 def _leaky_relu(node: OnnxNode) -> Value:
-    """``leaky_relu``"""
     alpha = float(node.attributes.get("alpha", 0.01))
     return node.graph.apply("leaky_relu", node.value(), alpha=alpha)
 
 
-@_operator("PRelu")
+@_operator(
+    "`leaky_relu` for one slope, else `relu(x) - slope * relu(-x)`",
+    "PRelu",
+)
 def _prelu(node: OnnxNode) -> Value:
-    """``leaky_relu`` for one slope, else ``relu(x) - slope * relu(-x)``"""
     value, graph = node.value(), node.graph
     constant = node.inputs[1]
     if not isinstance(constant, Constant):
         raise node.unsupported("the slope is computed from the image")
+    if node.opset < 7 and constant.arrays[0].ndim == 1:
+        # One slope for each channel then; later versions broadcast.
+        shape = (-1, *[1] * (len(value.shape) - 1))
+        constant = Constant(tuple(a.reshape(shape) for a in constant.arrays))
     slope = node.per_image(constant, value)
     if slope.size == 1:
         return graph.apply("leaky_relu", value, alpha=float(slope.reshape(-1)[0]))
@@ -526,25 +647,34 @@ def _prelu(node: OnnxNode) -> Value:
     return graph.combined("add", positive, graph.affine(negative, -slope, 0))
 
 
-@_operator("Swish")
+@_operator(
+    "`silu`; with another `alpha` than 1, `mul` and `sigmoid`",
+    "Swish",
+)
 def _swish(node: OnnxNode) -> Value:
-    """``silu``; only with ``alpha`` 1"""
-    if node.attributes.get("alpha", 1.0) != 1:
-        raise node.unsupported("alpha is not 1")
-    return node.graph.apply("silu", node.value())
+    value, graph = node.value(), node.graph
+    alpha = float(node.attributes.get("alpha", 1.0))
+    if alpha == 1:
+        return graph.apply("silu", value)
+    gate = graph.apply("sigmoid", graph.affine(value, alpha, 0))
+    return _broadcast(node, "mul", value, gate)
 
 
-@_operator("HardSigmoid")
+@_operator(
+    "`hard_sigmoid`",
+    "HardSigmoid",
+)
 def _hard_sigmoid(node: OnnxNode) -> Value:
-    """``hard_sigmoid``"""
     alpha = float(node.attributes.get("alpha", 0.2))
     beta = float(node.attributes.get("beta", 0.5))
     return node.graph.apply("hard_sigmoid", node.value(), alpha=alpha, beta=beta)
 
 
-@_operator("Clip")
+@_operator(
+    "`clip` (ReLU6, for example), or `relu` without an upper bound",
+    "Clip",
+)
 def _clip(node: OnnxNode) -> Value:
-    """``clip`` (ReLU6, for example), or ``relu`` without an upper bound"""
     low = node.number("min", 1, None)
     high = node.number("max", 2, None)
     return _clipped(node, node.value(), low, high)
@@ -563,9 +693,12 @@ def _clipped(
     return node.graph.apply("clip", value, low=low, high=high)
 
 
-@_operator("Max", "Min")
+@_operator(
+    "`clip` or `relu`; one operand and constants that are single numbers",
+    "Max",
+    "Min",
+)
 def _bound(node: OnnxNode) -> Value:
-    """``clip`` or ``relu``; one operand and constants that are single numbers"""
     values = [v for v in node.inputs if isinstance(v, Value)]
     numbers = [
         node.constant(i, "an operand").reshape(-1)
@@ -580,19 +713,25 @@ def _bound(node: OnnxNode) -> Value:
     return _clipped(node, values[0], None, min(bounds, default=None))
 
 
-@_operator("Neg")
+@_operator(
+    "A factor of -1 (`batch_norm`)",
+    "Neg",
+)
 def _negative(node: OnnxNode) -> Value:
-    """A factor of -1 (``batch_norm``)"""
     return node.graph.affine(node.value(), -1, 0)
 
 
 # --- sums and products
 
 
-@_operator("Add", "Sum", "Mean")
+@_operator(
+    "`add`; constants are summands of `batch_norm`. One operand has the shape of "
+    "the result, the others may be repeated",
+    "Add",
+    "Sum",
+    "Mean",
+)
 def _add(node: OnnxNode) -> Value:
-    """``add``; constants are summands of ``batch_norm``. One operand has the shape of the
-    result, the others may be repeated"""
     values = [v for v in node.inputs if isinstance(v, Value)]
     total = values[0]
     for value in values[1:]:
@@ -605,9 +744,11 @@ def _add(node: OnnxNode) -> Value:
     return total
 
 
-@_operator("Sub")
+@_operator(
+    "The sum with the second operand times -1",
+    "Sub",
+)
 def _sub(node: OnnxNode) -> Value:
-    """The sum with the second operand times -1"""
     first, second = node.inputs
     if isinstance(first, Value) and isinstance(second, Value):
         negative = node.graph.affine(second, -1, 0)
@@ -620,18 +761,20 @@ def _sub(node: OnnxNode) -> Value:
     return node.graph.affine(value, -1, node.per_image(first, value))
 
 
-@_operator("Mul")
+@_operator(
+    "`mul`; constants are factors of `batch_norm`; `x * Sigmoid(x)` is `silu`, `x * "
+    "HardSigmoid(x)` with the usual slope `hard_swish`",
+    "Mul",
+)
 def _mul(node: OnnxNode) -> Value:
-    """``mul``; constants are factors of ``batch_norm``; ``x * Sigmoid(x)`` is ``silu``,
-    ``x * HardSigmoid(x)`` with the usual slope ``hard_swish``"""
     first, second = node.inputs
     if isinstance(first, Value) and isinstance(second, Value):
         for value, gate in ((first, second), (second, first)):
             if op := _self_gate(node, value, gate):
                 return node.graph.apply(op, value)
         return _broadcast(node, "mul", first, second)
-    value, constant = (first, second) if isinstance(first, Value) else (second, first)
-    assert isinstance(value, Value)
+    own = 0 if isinstance(first, Value) else 1
+    value, constant = node.value(own), node.inputs[1 - own]
     assert isinstance(constant, Constant)
     return node.graph.affine(value, node.per_image(constant, value), 0)
 
@@ -653,9 +796,11 @@ def _self_gate(node: OnnxNode, value: Value, gate: Value) -> str | None:
     return None
 
 
-@_operator("Div")
+@_operator(
+    "A factor of `batch_norm`; the divisor has to be constant",
+    "Div",
+)
 def _div(node: OnnxNode) -> Value:
-    """A factor of ``batch_norm``; the divisor has to be constant"""
     value, divisor = node.value(0), node.inputs[1]
     if not isinstance(divisor, Constant):
         raise node.unsupported("the divisor is computed from the image")
@@ -671,9 +816,10 @@ def _broadcast(node: OnnxNode, op: str, first: Value, second: Value) -> Value:
             f"operands have shapes {first.shape} and {second.shape} for each image, "
             "expected as many axes"
         )
-    if np.broadcast_shapes(first.shape, second.shape) != first.shape:
+    shape = node.broadcast(first.shape, second.shape)
+    if first.shape != shape:
         first, second = second, first
-    if np.broadcast_shapes(first.shape, second.shape) != first.shape:
+    if first.shape != shape:
         raise node.unsupported(
             f"both operands, of shapes {first.shape} and {second.shape}, are repeated; "
             "expected one that has the shape of the result"
@@ -684,45 +830,46 @@ def _broadcast(node: OnnxNode, op: str, first: Value, second: Value) -> Value:
 # --- pieces
 
 
-@_operator("Concat")
+@_operator(
+    "`concat` along any axis but the batch; a constant operand of one number "
+    "repeated is a `pad`",
+    "Concat",
+)
 def _concat(node: OnnxNode) -> Value:
-    """``concat`` along any axis but the batch; a constant operand of one number
-    repeated is a ``pad``"""
     values = [v for v in node.inputs if isinstance(v, Value)]
     (axis,) = node.axes(node.attributes.get("axis", 1), len(values[0].shape))
     pieces: list[Value] = []
-    # Constants in front of the first value, and behind the last one so far.
+    # Constant elements in front of the first value.
     front = 0
     number = 0.0
     for operand in node.inputs:
-        if isinstance(operand, Value):
-            if front:
-                operand = node.graph.padded(operand, {axis: (front, 0)}, number)
-                front = 0
-            pieces.append(operand)
-            continue
-        assert operand is not None
-        array = operand.arrays[0]
-        if array.size and (array != array.flat[0]).any():
-            raise node.unsupported("a constant operand holds different numbers")
-        count = array.shape[axis + 1]
-        if not count:
-            continue
-        if front and array.flat[0] != number:
-            raise node.unsupported("constant operands hold different numbers")
-        number = float(array.flat[0])
-        if pieces:
-            pieces[-1] = node.graph.padded(pieces[-1], {axis: (0, count)}, number)
-        else:
-            front += count
+        if isinstance(operand, Constant):
+            array = operand.arrays[0]
+            if not array.size:
+                continue
+            if (array != array.flat[0]).any() or (front and array.flat[0] != number):
+                raise node.unsupported("constant operands hold different numbers")
+            number = float(array.flat[0])
+            count = array.shape[axis + 1]
+            if pieces:
+                pieces[-1] = node.graph.padded(pieces[-1], {axis: (0, count)}, number)
+            else:
+                front += count
+        elif operand is not None:
+            widths = {axis: (front, 0)}
+            value = node.graph.padded(operand, widths, number) if front else operand
+            pieces.append(value)
+            front = 0
     if len(pieces) == 1:
         return pieces[0]
     return node.graph.concatenated(pieces, axis)
 
 
-@_operator("Split")
+@_operator(
+    "A `slice` for each output that is used",
+    "Split",
+)
 def _split(node: OnnxNode) -> Sequence[Value]:
-    """A ``slice`` for each output that is used"""
     value = node.value()
     (axis,) = node.axes(node.attributes.get("axis", 0), len(value.shape))
     extent = value.shape[axis]
@@ -739,69 +886,95 @@ def _split(node: OnnxNode) -> Sequence[Value]:
     for i, size in enumerate(int(size) for size in sizes):
         used = i in node.outputs_used
         cut = {axis: (start, 1, size)}
+        if used and not size:
+            raise node.unsupported(f"output {i} is empty")
         pieces.append(node.graph.sliced(value, cut) if used else value)
         start += size
     return pieces
 
 
-@_operator("Slice")
+@_operator(
+    "`slice`, backwards a `concat` of several; the batch stays whole",
+    "Slice",
+)
 def _slice(node: OnnxNode) -> Value:
-    """``slice``; steps are positive, the batch stays whole"""
     value = node.value()
     rank = len(value.shape)
     starts = np.atleast_1d(node.setting("starts", 1))
     ends = np.atleast_1d(node.setting("ends", 2))
     axes = np.atleast_1d(node.setting("axes", 3, np.arange(len(starts))))
     steps = np.atleast_1d(node.setting("steps", 4, np.ones(len(starts), np.int64)))
-    ranges = {}
-    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
-        if step < 1:
-            raise node.unsupported(f"steps are {steps.tolist()}, expected at least 1")
-        whole = start == 0 and end >= np.iinfo(np.int32).max and step == 1
-        if whole or (axis in (0, -rank - 1) and _keeps_batch(node, start, end, step)):
+    cuts = {}
+    for number, *numbers in zip(axes, starts, ends, steps, strict=True):
+        wanted = slice(*map(int, numbers))
+        if number in (0, -rank - 1) and _keeps_batch(node, wanted):
             continue
-        (axis,) = node.axes(axis, rank)
-        first, last, _ = slice(int(start), int(end)).indices(value.shape[axis])
-        count = max(0, -(-(last - first) // int(step)))
-        if count == 0:
+        (axis,) = node.axes(number, rank)
+        extent = value.shape[axis]
+        taken = range(extent)[wanted]
+        if not taken:
             raise node.unsupported(f"nothing is left of axis {axis + 1}")
-        ranges[axis] = (first, int(step), count)
-    kept = {a: r for a, r in ranges.items() if r != (0, 1, value.shape[a])}
-    return node.graph.sliced(value, kept) if kept else value
+        if taken.step < 0:
+            value = _taken(node, value, axis, taken)
+        elif taken != range(extent):
+            cuts[axis] = (taken.start, taken.step, len(taken))
+    return node.graph.sliced(value, cuts) if cuts else value
 
 
-def _keeps_batch(node: OnnxNode, start: int, end: int, step: int) -> bool:
-    taken = (range(n)[int(start) : int(end) : int(step)] for n in node.batches)
-    return all(part == range(n) for part, n in zip(taken, node.batches, strict=True))
+def _keeps_batch(node: OnnxNode, wanted: slice) -> bool:
+    return all(range(n)[wanted] == range(n) for n in node.batches)
 
 
-@_operator("Gather")
+@_operator(
+    "`slice`, or `concat` of several; the indices have to be constant",
+    "Gather",
+)
 def _gather(node: OnnxNode) -> Value:
-    """``slice``; constant indices that are equally far apart"""
     value = node.value()
     (axis,) = node.axes(node.attributes.get("axis", 0), len(value.shape))
-    extent = value.shape[axis]
     indices = node.constant(1, "the list of indices")
-    if indices.ndim > 1 or indices.size == 0:
-        raise node.unsupported(f"indices have shape {indices.shape}, expected a list")
-    found = [int(i) + extent if i < 0 else int(i) for i in indices.reshape(-1)]
-    step = found[1] - found[0] if len(found) > 1 else 1
-    if step < 1 or found != list(range(found[0], found[-1] + 1, step)):
-        raise node.unsupported(f"indices are {found}, expected equal steps upwards")
-    if found[0] < 0 or found[-1] >= extent:
-        raise node.unsupported(f"indices are {found}, expected them below {extent}")
-    piece = value
-    if len(found) < extent:
-        piece = node.graph.sliced(value, {axis: (found[0], step, len(found))})
-    if indices.ndim:
-        return piece
-    shape = [n for a, n in enumerate(piece.shape) if a != axis]
-    return node.graph.reshaped(piece, shape)
+    whole = _taken(node, value, axis, [int(i) for i in indices.reshape(-1)])
+    shape = value.shape[:axis] + indices.shape + value.shape[axis + 1 :]
+    return node.graph.reshaped(whole, shape)
 
 
-@_operator("Pad")
+def _taken(node: OnnxNode, value: Value, axis: int, indices: Sequence[int]) -> Value:
+    """Elements of an axis in any order: slices of those equally far apart, joined."""
+    extent = value.shape[axis]
+    found = [i + extent if i < 0 else i for i in indices]
+    if not found or min(found) < 0 or max(found) >= extent:
+        raise node.unsupported(
+            f"it takes elements beyond those of an axis of {extent}, or none"
+        )
+    cuts: list[tuple[int, int, int]] = []
+    first = 0
+    while first < len(found):
+        start = found[first]
+        ahead = found[first + 1] - start if first + 1 < len(found) else 1
+        step, count = max(ahead, 1), 1
+        while first + count < len(found) and found[first + count] == (
+            start + count * step
+        ):
+            count += 1
+        cuts.append((start, step, count))
+        first += count
+        if len(cuts) > _MOST_PIECES:
+            raise node.unsupported(
+                f"it takes an axis apart into more than {_MOST_PIECES} pieces"
+            )
+    parts = [
+        value if cut == (0, 1, extent) else node.graph.sliced(value, {axis: cut})
+        for cut in cuts
+    ]
+    return parts[0] if len(parts) == 1 else node.graph.concatenated(parts, axis)
+
+
+@_operator(
+    "`pad`, `slice` where it is negative; modes other than `constant` become "
+    "`slice` and `concat`",
+    "Pad",
+)
 def _pad(node: OnnxNode) -> Value:
-    """``pad``, ``slice`` where it is negative; mode ``constant`` only"""
     value = node.value()
     mode = node.attributes.get("mode", "constant")
     pads = np.asarray(node.setting("pads", 1)).reshape(2, -1)
@@ -813,8 +986,16 @@ def _pad(node: OnnxNode) -> Value:
         if before or after:
             (own,) = node.axes(axis, rank)
             widths[own] = (before, after)
-    if mode != "constant" and widths:
-        raise node.unsupported(f"mode is {mode!r}, expected 'constant'")
+    if mode != "constant":
+        # NumPy knows the same modes.
+        for axis, width in widths.items():
+            if max(width) > _MOST_PIECES:
+                raise node.unsupported(
+                    f"pads are {width}, expected at most {_MOST_PIECES}"
+                )
+            indices = np.pad(np.arange(value.shape[axis]), width, mode)
+            value = _taken(node, value, axis, indices.tolist())
+        return value
     cut = {}
     for axis, (before, after) in widths.items():
         count = value.shape[axis] + min(before, 0) + min(after, 0)
@@ -837,9 +1018,11 @@ def _pad(node: OnnxNode) -> Value:
 # --- other views of the same elements
 
 
-@_operator("Reshape")
+@_operator(
+    "Bookkeeping; a `transpose` where memory has to change. The batch stays",
+    "Reshape",
+)
 def _reshape(node: OnnxNode) -> Value:
-    """Bookkeeping; a ``transpose`` where memory has to change. The batch stays"""
     value = node.value()
     targets = node.inputs[1] if node.given(1) else None
     shapes = (
@@ -870,15 +1053,17 @@ def _viewed(node: OnnxNode, value: Value, full: Sequence[Sequence[int]]) -> Valu
     for n, whole in zip(node.batches, full, strict=True):
         if not whole or whole[0] != n or list(whole[1:]) != shape:
             raise node.unsupported(
-                f"it makes a batch of {n} images {list(whole)}, expected that the first "
-                "axis stays the batch"
+                f"it makes {list(whole)} of a batch of {n} images, expected that the "
+                "first axis stays the batch"
             )
     return node.graph.reshaped(value, shape)
 
 
-@_operator("Flatten")
+@_operator(
+    "As `Reshape`",
+    "Flatten",
+)
 def _flatten(node: OnnxNode) -> Value:
-    """As ``Reshape``"""
     value = node.value()
     rank = len(value.shape) + 1
     axis = node.attributes.get("axis", 1)
@@ -888,9 +1073,11 @@ def _flatten(node: OnnxNode) -> Value:
     return _viewed(node, value, full)
 
 
-@_operator("Squeeze")
+@_operator(
+    "As `Reshape`",
+    "Squeeze",
+)
 def _squeeze(node: OnnxNode) -> Value:
-    """As ``Reshape``"""
     value = node.value()
     found = node.setting("axes", 1)
     rank = len(value.shape)
@@ -903,9 +1090,11 @@ def _squeeze(node: OnnxNode) -> Value:
     )
 
 
-@_operator("Unsqueeze")
+@_operator(
+    "As `Reshape`",
+    "Unsqueeze",
+)
 def _unsqueeze(node: OnnxNode) -> Value:
-    """As ``Reshape``"""
     value = node.value()
     found = np.asarray(node.setting("axes", 1)).reshape(-1)
     axes = node.axes(found, len(value.shape) + len(found))
@@ -915,40 +1104,50 @@ def _unsqueeze(node: OnnxNode) -> Value:
     return node.graph.reshaped(value, shape)
 
 
-@_operator("Transpose")
+@_operator(
+    "Bookkeeping; a `transpose` where memory has to change. The batch stays first",
+    "Transpose",
+)
 def _transpose(node: OnnxNode) -> Value:
-    """Bookkeeping; a ``transpose`` where memory has to change. The batch stays first"""
     value = node.value()
     rank = len(value.shape) + 1
     permutation = list(node.attributes.get("perm", range(rank)[::-1]))
     if permutation[0] != 0:
-        raise node.unsupported(f"perm is {permutation}, expected that the batch stays first")
+        raise node.unsupported(
+            f"perm is {permutation}, expected that the batch stays first"
+        )
     return value.transposed([axis - 1 for axis in permutation[1:]])
 
 
-@_operator("Expand")
+@_operator(
+    "Nothing; a value that would be repeated is refused",
+    "Expand",
+)
 def _expand(node: OnnxNode) -> Value:
-    """Nothing; a value that would be repeated is refused"""
     value = node.value()
     targets = node.inputs[1]
     if not isinstance(targets, Constant):
         raise node.unsupported("the shape is computed from the image")
     for n, wanted in zip(node.batches, targets.arrays, strict=True):
         given = (n, *value.shape)
-        if np.broadcast_shapes(given, tuple(int(e) for e in wanted)) != given:
+        if node.broadcast(given, [int(extent) for extent in wanted]) != given:
             raise node.unsupported(f"it repeats a value of shape {given}")
     return value
 
 
-@_operator("Identity")
+@_operator(
+    "Nothing",
+    "Identity",
+)
 def _identity(node: OnnxNode) -> Value:
-    """Nothing"""
     return node.value()
 
 
-@_operator("Cast")
+@_operator(
+    "Nothing; to float32 only",
+    "Cast",
+)
 def _cast(node: OnnxNode) -> Value:
-    """Nothing; to float32 only"""
     from onnx import TensorProto
 
     target = node.attributes["to"]
@@ -958,9 +1157,11 @@ def _cast(node: OnnxNode) -> Value:
     return node.value()
 
 
-@_operator("Dropout")
+@_operator(
+    "`dropout`, which does nothing at inference; not in training mode",
+    "Dropout",
+)
 def _dropout(node: OnnxNode) -> Value:
-    """``dropout``, which does nothing at inference; not in training mode"""
     value = node.value()
     rate = node.number("ratio", 1, 0.5)
     assert rate is not None
@@ -971,9 +1172,12 @@ def _dropout(node: OnnxNode) -> Value:
     return node.graph.apply("dropout", value, rate=rate) if 0 <= rate < 1 else value
 
 
-@_operator("Shape", "Size")
+@_operator(
+    "A constant, which may depend on the size of the batch",
+    "Shape",
+    "Size",
+)
 def _shape(node: OnnxNode) -> Constant:
-    """A constant, which may depend on the size of the batch"""
     value = node.value()
     shapes = [np.array([n, *value.shape], np.int64) for n in node.batches]
     if node.op == "Size":
@@ -983,4 +1187,4 @@ def _shape(node: OnnxNode) -> Constant:
 
 
 if __name__ == "__main__":
-    print(operator_table(), end="")
+    sys.stdout.write(operator_table())

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import warnings
-from functools import cache
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 from sklearn.base import BaseEstimator, TransformerMixin
-from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
-from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
+from qcnn_py import _engine
 from qcnn_py.errors import ConfigError, NotFittedError, ShapeError
 
 __all__ = ["ProductQuantizer", "cluster"]
 
 Array64 = npt.NDArray[np.float64]
-Codes = npt.NDArray[np.intp]
+Codes = npt.NDArray[np.int64]
 
 # Bytes of distances computed at a time while encoding.
 _CHUNK_BYTES = 64 << 20
+
+# Iterations of one start of k-means.
+_MOST_ROUNDS = 300
 
 
 class ProductQuantizer(TransformerMixin, BaseEstimator):  # type: ignore[misc]
@@ -249,6 +248,7 @@ def cluster(
     scale: Array64,
     n_init: int,
     seed: int,
+    tolerance: float = 0.0,
 ) -> tuple[Codes, Array64]:
     """Cluster vectors by k-means under a quadratic metric.
 
@@ -265,6 +265,8 @@ def cluster(
         Starts (k-means++); the best is kept.
     seed : int
         Seed of the starts.
+    tolerance : float
+        A start ends when an iteration lowers the error by this share or less.
 
     Returns
     -------
@@ -276,14 +278,17 @@ def cluster(
     distinct, labels = np.unique(vectors, axis=0, return_inverse=True)
     if len(distinct) <= n_clusters:
         return labels.reshape(-1), np.resize(distinct, (n_clusters, distinct.shape[1]))
-    kmeans = KMeans(n_clusters, n_init=n_init, random_state=seed)
-    # KMeans adds partial sums in the order in which its threads finish: one
-    # thread, or the last bits differ between runs. It warns where vectors are so
-    # close that rounding merges them, which is handled below.
-    one_thread = _thread_pools().limit(limits=1, user_api="openmp")
-    with one_thread, warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        labels = kmeans.fit(vectors @ scale).labels_.astype(np.intp)
+    random = np.random.default_rng(seed)
+    scaled = np.ascontiguousarray(vectors @ scale)
+    # Trials per seed as in scikit-learn's k-means++.
+    trials = 2 + int(np.log(n_clusters))
+    starts = (
+        _engine.cluster(
+            scaled, random.random((n_clusters, trials)), _MOST_ROUNDS, tolerance, 1
+        )
+        for _ in range(n_init)
+    )
+    labels, _ = min(starts, key=lambda start: start[1])
     return split_empty_clusters(vectors, labels, n_clusters)
 
 
@@ -323,12 +328,6 @@ def split_empty_clusters(
         labels[members[distances < errors[members]]] = empty
         centroids = _means(vectors, labels, n_clusters)
     return labels, centroids
-
-
-@cache
-def _thread_pools() -> ThreadpoolController:
-    # Looks through all loaded libraries, which takes longer than a small k-means.
-    return ThreadpoolController()
 
 
 def _means(vectors: Array64, labels: Codes, n_clusters: int) -> Array64:

@@ -7,18 +7,26 @@ gives the responses that it gave in the original network.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from os import PathLike
-from typing import Any, Self, cast
+from typing import Any, Self, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from qcnn_py.artefacts import load_arrays, save_arrays
-from qcnn_py.augmentation import augmented
-from qcnn_py.config import LayerKind, LayerSettings, QuantizeConfig
+from qcnn_py.augmentation import NUMBERS_PER_IMAGE, augmented
+from qcnn_py.config import (
+    LayerKind,
+    LayerSettings,
+    LayerShape,
+    Method,
+    QuantizeConfig,
+    check_possible,
+)
 from qcnn_py.error_correction import CoordinateDescent
 from qcnn_py.errors import ConfigError, DatasetError, ModelFormatError
 from qcnn_py.network import (
@@ -29,7 +37,13 @@ from qcnn_py.network import (
     rounded_codebooks,
 )
 from qcnn_py.product_quantizer import ProductQuantizer
-from qcnn_py.statistics import Array64, LayerGeometry, SecondMoments, draw_positions
+from qcnn_py.statistics import (
+    Array64,
+    LayerGeometry,
+    Samples,
+    SecondMoments,
+    draw_positions,
+)
 
 __all__ = [
     "LayerMetrics",
@@ -43,6 +57,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+Statistics = SecondMoments | Samples
 Images = npt.NDArray[Any] | Iterable[npt.NDArray[Any]]
 
 # Images run through the networks at a time: as many as make matrix products of
@@ -59,20 +74,25 @@ class LayerMetrics:
     ----------
     relative_error : float
         ``||T - T_hat|| / ||T||``, Frobenius norms of the original responses ``T``
-        (with bias) and the quantised layer's ``T_hat`` over all samples.
+        (with bias) and the quantised layer's ``T_hat``, of codewords as they are
+        stored, over all samples.
     kmeans_relative_error : float
         The same for plain k-means on the weights with the original bias.
+    compared : dict of str to float
+        The same for every method, by name, if ``compare_methods`` is set; else empty.
     samples : int
-        Output positions of all images.
+        Output positions of all images and augmented copies.
     rounds : int
         Rounds of coordinate descent.
     objective : tuple of float
         Damped squared response error before the first and after each round, as a
-        multiple of ``||T||^2``; empty for plain k-means.
+        multiple of ``||T||^2``, of codewords that are not rounded yet; empty for
+        plain k-means.
     """
 
     relative_error: float
     kmeans_relative_error: float
+    compared: dict[str, float]
     samples: int
     rounds: int
     objective: tuple[float, ...]
@@ -214,15 +234,16 @@ def quantize(
     if isinstance(config, Mapping):
         config = QuantizeConfig.from_mapping(config)
     layers = network.layers
-    config.check_layers(layer.name for layer in layers)
-    chosen: list[tuple[str, LayerSettings]] = []
-    for layer in sorted(layers, key=lambda layer: layer.kind != "conv"):
-        kind = cast(LayerKind, layer.kind)
-        settings = config.resolve(layer.name, kind, layer == layers[-1])
-        if not settings.dense and not layer.quantized:
-            # All of them before the first one is quantised, which takes its time.
-            _check_settings(layer, settings)
-            chosen.append((layer.name, settings))
+    # All of them before the first one is quantised, which takes its time.
+    plans = config.plan([layer_shape(layer) for layer in layers])
+    for name, plan in plans.items():
+        if plan.adaptation:
+            logger.info("%s: %s", name, plan.adaptation)
+    chosen = [
+        (layer.name, plans[layer.name].settings)
+        for layer in sorted(layers, key=lambda layer: layer.kind != "conv")
+        if not plans[layer.name].settings.dense and not layer.quantized
+    ]
     if not isinstance(calibration, np.ndarray):
         calibration = list(calibration)
     quantized = network
@@ -273,7 +294,7 @@ def quantize_layer(
     ShapeError
         If the images do not fit the network.
     """
-    _check_settings(_dense_layer(original, layer), settings)
+    check_possible(settings, layer_shape(_dense_layer(original, layer)))
     moments = collect_moments(original, quantized_prefix, layer, images, settings, seed)
     return quantize_from_moments(original, layer, moments, settings, seed)
 
@@ -285,21 +306,26 @@ def collect_moments(
     images: Images,
     settings: LayerSettings,
     seed: int = 0,
-) -> SecondMoments:
-    """Gather the second moments of one layer in one pass over the images.
+    first: int = 0,
+) -> Statistics:
+    """Gather the statistics of one layer in one pass over the images.
 
-    The moments of several sets of images, each with its own seed, may be merged.
+    Those of several parts of the calibration images may be merged; the parts do not
+    change the result beyond rounding.
 
     Parameters
     ----------
     original, quantized_prefix, layer, images, settings, seed
         See :func:`quantize_layer`.
+    first : int
+        Calibration images before those given.
 
     Returns
     -------
-    SecondMoments
-        Moments of the layer's inputs in `quantized_prefix` and of its responses in
-        `original`.
+    SecondMoments or Samples
+        Of the layer's inputs in `quantized_prefix` and of its responses in `original`;
+        samples where ``settings`` allow fewer of them than the layer has inputs.
+        Augmented copies count as further images.
     """
     node = original.node(layer)
     source = node.inputs[0]
@@ -310,25 +336,37 @@ def collect_moments(
     geometry = LayerGeometry.of(node)
     shape = original.shapes[layer]
     weight = original.tensors[f"{layer}.weight"]
-    moments = SecondMoments(
-        geometry.groups, prod(weight.shape[1:]), shape[0] // geometry.groups
-    )
-    random = np.random.default_rng(seed)
+    moments: Statistics
+    if node.op == "fc" and settings.augmented_images < weight.shape[1]:
+        moments = Samples(weight.shape[1], shape[0])
+    else:
+        moments = SecondMoments(
+            geometry.groups, prod(weight.shape[1:]), shape[0] // geometry.groups
+        )
     n_positions = prod(shape[1:])
     n_drawn = settings.positions_per_image or n_positions
+
+    def random(key: list[int], numbers_per_image: int) -> np.random.Generator:
+        # Every image has its own part of a stream, whatever came before it.
+        skipped = first * numbers_per_image
+        return np.random.Generator(np.random.PCG64(key).advance(skipped))
+
+    copies = [
+        (random([seed, copy], n_positions), random([seed, copy, 1], NUMBERS_PER_IMAGE))
+        for copy in range(1 + settings.augmented_copies)
+    ]
     values = prod(original.input_shape) + prod(original.shapes[source]) + prod(shape)
     batch_size = max(1, min(_MOST_IMAGES, _MOST_BYTES // (4 * values)))
-    augmentation = np.random.default_rng([seed, 1])
-    for original_batch in _batches(images, settings.calibration_images, batch_size):
-        for copy in range(1 + settings.augmented_copies):
-            batch = original_batch
+    for originals in _batches(images, settings.calibration_images, batch_size):
+        for copy, (places, changes) in enumerate(copies):
+            batch = originals
             if copy:
-                batch = augmented(batch, settings.flip, settings.shift, augmentation)
+                batch = augmented(originals, settings.flip, settings.shift, changes)
             targets = teacher(batch)
             inputs = batch if student is None else student(batch)
             positions = None
             if n_drawn < n_positions:
-                positions = draw_positions(random, len(batch), n_positions, n_drawn)
+                positions = draw_positions(places, len(batch), n_positions, n_drawn)
             moments.add_images(inputs, targets, geometry, positions)
     return moments
 
@@ -336,7 +374,7 @@ def collect_moments(
 def quantize_from_moments(
     original: Network,
     layer: str,
-    moments: SecondMoments,
+    moments: Statistics,
     settings: LayerSettings,
     seed: int = 0,
 ) -> QuantizedLayer:
@@ -346,7 +384,7 @@ def quantize_from_moments(
     ----------
     original, layer, settings, seed
         See :func:`quantize_layer`.
-    moments : SecondMoments
+    moments : SecondMoments or Samples
         What :func:`collect_moments` returned, for all images.
 
     Returns
@@ -355,7 +393,7 @@ def quantize_from_moments(
         Codebooks, codes, bias and response errors.
     """
     info = _dense_layer(original, layer)
-    _check_settings(info, settings)
+    check_possible(settings, layer_shape(info))
     if moments.count == 0:
         raise DatasetError("calibration images: got none, expected at least one")
     weight = original.tensors[f"{layer}.weight"]
@@ -364,54 +402,93 @@ def quantize_from_moments(
     if bias is not None:
         group_bias += bias.reshape(group_bias.shape)
 
-    weights = _cluster_weights(weight, info, settings, seed)
-    columns = _columns(weights.decode(info.channels), info.groups)
-    kmeans_relative_error = moments.relative_error(columns, group_bias)
-    objective: list[float] = []
-    if settings.method == "bcd":
-        descent = CoordinateDescent(
-            moments.error_with_best_bias()
-            if settings.bias_correction
-            else moments.error_with_bias(group_bias),
-            _columns(weight, info.groups),
-            n_positions=prod(info.kernel),
-            n_centroids=settings.n_centroids,
-            subvector_dim=settings.subvector_dim,
-            shared=settings.codebook_groups == "shared",
-            damping=settings.damping,
-        )
-        descent.seed(settings.kmeans_restarts, seed)
-        objective = descent.run(settings.max_rounds, settings.tolerance)
-        weights = _pack(
-            descent.codebooks, descent.codes, weight.shape, settings.codebook_bits
-        )
+    def quantized(method: Method) -> tuple[QuantizedWeights, list[float], float]:
+        """Return weights, objectives and relative error of a method."""
+        start = time.perf_counter()
+        objective: list[float] = []
+        if method == "kmeans":
+            weights = _cluster_weights(weight, info, settings, seed)
+        else:
+            weights, objective = _correct_weights(
+                weight, group_bias, info, moments, settings, method, seed
+            )
         columns = _columns(weights.decode(info.channels), info.groups)
-    if settings.bias_correction:
-        bias = moments.best_bias(columns).astype(np.float32).reshape(-1)
-        group_bias = bias.reshape(group_bias.shape).astype(np.float64)
+        new_bias = bias
+        if settings.bias_correction:
+            new_bias = moments.best_bias(columns).astype(np.float32).reshape(-1)
+        used = np.zeros_like(group_bias)
+        if new_bias is not None:
+            used += new_bias.reshape(used.shape)
+        error = moments.relative_error(columns, used)
+        logger.info(
+            "%s: %s, relative response error %.4g after %d rounds, %.1f s",
+            layer,
+            method,
+            error,
+            max(0, len(objective) - 1),
+            time.perf_counter() - start,
+        )
+        return replace(weights, bias=new_bias), objective, error
+
+    weights, objective, relative_error = quantized(settings.method)
+    compared = {}
+    if settings.compare_methods:
+        compared = {
+            method: relative_error
+            if method == settings.method
+            else quantized(method)[2]
+            for method in get_args(Method)
+        }
+    plain = _cluster_weights(weight, info, settings, seed)
+    columns = _columns(plain.decode(info.channels), info.groups)
     metrics = LayerMetrics(
-        relative_error=moments.relative_error(columns, group_bias),
-        kmeans_relative_error=kmeans_relative_error,
+        relative_error=relative_error,
+        kmeans_relative_error=moments.relative_error(columns, group_bias),
+        compared=compared,
         samples=moments.count,
         rounds=max(0, len(objective) - 1),
         objective=tuple(
             value / (moments.sum_squared_targets or 1.0) for value in objective
         ),
     )
-    logger.info(
-        "%s: relative response error %.4g (plain k-means %.4g), %d rounds",
-        layer,
-        metrics.relative_error,
-        metrics.kmeans_relative_error,
-        metrics.rounds,
-    )
     return QuantizedLayer(
-        layer=layer,
-        weights=replace(weights, bias=bias),
-        settings=settings,
-        seed=seed,
-        metrics=metrics,
+        layer=layer, weights=weights, settings=settings, seed=seed, metrics=metrics
     )
+
+
+def _correct_weights(
+    weight: FloatArray,
+    bias: Array64,
+    layer: LayerInfo,
+    moments: Statistics,
+    settings: LayerSettings,
+    method: Method,
+    seed: int,
+) -> tuple[QuantizedWeights, list[float]]:
+    """Quantise weights by an error-corrected method; returns objectives too."""
+    descent = CoordinateDescent(
+        moments.error_with_best_bias()
+        if settings.bias_correction
+        else moments.error_with_bias(bias),
+        _columns(weight, layer.groups),
+        n_positions=prod(layer.kernel),
+        n_centroids=settings.n_centroids,
+        subvector_dim=settings.subvector_dim,
+        shared=settings.codebook_groups == "shared",
+        damping=settings.damping,
+    )
+    if method == "gptvq":
+        descent.seed_with_feedback(
+            settings.kmeans_restarts, seed, settings.feedback_rounds
+        )
+        descent.relax(settings.relaxation_rounds, settings.temperature, seed)
+    else:
+        descent.seed(settings.kmeans_restarts, seed)
+    objective = descent.run(settings.max_rounds, settings.tolerance)
+    weights = _pack(
+        descent.codebooks, descent.codes, weight.shape, settings.codebook_bits
+    )
+    return weights, objective
 
 
 def _dense_layer(network: Network, name: str) -> LayerInfo:
@@ -425,16 +502,17 @@ def _dense_layer(network: Network, name: str) -> LayerInfo:
     return layers[name]
 
 
-def _check_settings(layer: LayerInfo, settings: LayerSettings) -> None:
-    n_vectors = layer.output_shape[0] * prod(layer.kernel)
-    if settings.codebook_groups == "per_group":
-        n_vectors //= layer.groups
-    if settings.n_centroids > n_vectors:
-        raise ConfigError(
-            f"quantize.layers.{layer.name}.n_centroids: got {settings.n_centroids}, "
-            f"expected at most {n_vectors}, the number of sub-vectors that share a "
-            "codebook"
-        )
+def layer_shape(layer: LayerInfo) -> LayerShape:
+    """Return what the configuration has to know of a layer."""
+    positions = prod(layer.kernel)
+    return LayerShape(
+        name=layer.name,
+        kind=cast(LayerKind, layer.kind),
+        n_vectors=layer.output_shape[0] * positions,
+        n_inputs=layer.channels * positions,
+        groups=layer.groups,
+        depthwise=layer.depthwise,
+    )
 
 
 def _batches(images: Images, limit: int, size: int) -> Iterator[FloatArray]:

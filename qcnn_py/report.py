@@ -48,6 +48,7 @@ def build_pipeline_report(
     *,
     run: str,
     config: Mapping[str, Any],
+    adaptations: Mapping[str, str],
     command: str,
     evaluations: Sequence[StrPath],
     finetuning: Sequence[StrPath],
@@ -70,6 +71,8 @@ def build_pipeline_report(
         The run's name.
     config
         The run's whole section of ``config.yaml``, defaults filled in, plain values.
+    adaptations
+        What the preset did to fit a layer, in words, by the layer's name.
     command
         The command line that builds the report anew.
     evaluations
@@ -104,7 +107,7 @@ def build_pipeline_report(
     before, *_, after = (stage["predictions"] for stage in replicates[0])
     changed = np.not_equal(before, after)
     chosen = _choose(changed, config["report"]["example_images"], config["seed"])
-    report = _common(run, config, command, timings, benchmark)
+    report = _common(run, config, adaptations, command, timings, benchmark)
     report["size"]["file"] = _sizes(
         Path(network).stat().st_size, Path(model).stat().st_size
     )
@@ -137,6 +140,7 @@ def build_speed_report(
     *,
     run: str,
     config: Mapping[str, Any],
+    adaptations: Mapping[str, str],
     command: str,
     timings: Sequence[StrPath],
     benchmark: StrPath,
@@ -148,13 +152,14 @@ def build_speed_report(
 
     Parameters and errors are those of :func:`build_pipeline_report`.
     """
-    report = _common(run, config, command, timings, benchmark)
+    report = _common(run, config, adaptations, command, timings, benchmark)
     _write(report, [], schema, json_path, html_path)
 
 
 def _common(
     run: str,
     config: Mapping[str, Any],
+    adaptations: Mapping[str, str],
     command: str,
     timings: Sequence[StrPath],
     benchmark: StrPath,
@@ -175,6 +180,7 @@ def _common(
         "command": command,
         "seed": config["seed"],
         "config": config,
+        "adaptations": dict(adaptations),
         "environment": environment,
         "size": {"parameters": _sizes(*parameters)},
         "layers": layers,
@@ -277,6 +283,10 @@ def _response_errors(artefacts: Sequence[StrPath]) -> dict[str, dict[str, Any]]:
             "kmeans_relative": _statistics(
                 x.metrics.kmeans_relative_error for x in layers
             ),
+            "compared": {
+                method: _statistics(x.metrics.compared[method] for x in layers)
+                for method in layers[0].metrics.compared
+            },
         }
         for name, layers in found.items()
     }
@@ -335,7 +345,7 @@ def _probabilities(
 ) -> npt.NDArray[np.float64]:
     responses = network.compile()(images).reshape(len(images), -1)
     outputs: npt.NDArray[np.float64] = responses.astype(np.float64)
-    if network.node(network.output).op == "softmax":
+    if network.final_softmax is not None:
         return outputs
     outputs = np.exp(outputs - outputs.max(axis=1, keepdims=True))
     outputs /= outputs.sum(axis=1, keepdims=True)

@@ -648,6 +648,29 @@ def _response_sections(report: Mapping[str, Any]) -> list[Section]:
             for layer in layers
         ],
     )
+    compared = [layer for layer in layers if _error(layer)["compared"]]
+    tables = [table]
+    if compared:
+        methods = list(_error(compared[0])["compared"])
+        tables.append(
+            Table(
+                "The methods at the same place, errors in percent",
+                ["layer", *methods],
+                [
+                    [
+                        layer["name"],
+                        *(
+                            _mean_spread(_hundredfold(error), 3)
+                            for error in _error(layer)["compared"].values()
+                        ),
+                    ]
+                    for layer in compared
+                ],
+            )
+        )
+    adapted = "; ".join(
+        f"{name} {what}" for name, what in report["adaptations"].items()
+    )
     return [
         Section(
             "response",
@@ -658,6 +681,7 @@ def _response_sections(report: Mapping[str, Any]) -> list[Section]:
                 "calibration images, with inputs that come from the already quantised "
                 "layers before it.",
                 "Plain k-means keeps the weights; error correction keeps the response.",
+                *([f"The preset was adapted: {adapted}."] if adapted else []),
             ],
             [
                 Chart(
@@ -667,7 +691,7 @@ def _response_sections(report: Mapping[str, Any]) -> list[Section]:
                     [("after", "as stored"), ("other diamond", "plain k-means")],
                 )
             ],
-            [table],
+            tables,
         )
     ]
 

@@ -14,6 +14,7 @@ float32 products would leave one or two valid digits of it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Self
@@ -29,8 +30,12 @@ from qcnn_py.network import Node
 __all__ = [
     "LayerGeometry",
     "ResponseError",
+    "SampleError",
+    "Samples",
     "SecondMoments",
     "draw_positions",
+    "load_merged",
+    "load_statistics",
 ]
 
 Array64 = npt.NDArray[np.float64]
@@ -128,6 +133,22 @@ class ResponseError:
         return max(0.0, float(np.vdot(product, weight)) + self.constant)
 
 
+@dataclass(frozen=True)
+class SampleError:
+    """Squared response error of a layer of one group, from its samples.
+
+    ``error(W) = |targets - inputs W|^2``.
+
+    Attributes
+    ----------
+    inputs : ndarray of float64, shape (n, p)
+    targets : ndarray of float64, shape (n, outputs)
+    """
+
+    inputs: Array64
+    targets: Array64
+
+
 class SecondMoments:
     """Streaming sums over samples of a layer's inputs and target responses.
 
@@ -195,10 +216,7 @@ class SecondMoments:
                     f"{name} have shape {array.shape}, "
                     f"expected (samples, {groups}, {last})"
                 )
-            if not np.isfinite(array).all():
-                raise DatasetError(
-                    f"calibration {name}: got infinity or NaN, expected finite values"
-                )
+            _check_finite(name, array)
         self.count += s.shape[0]
         self.sum_inputs += s.sum(axis=0)
         self.sum_targets += t.sum(axis=0)
@@ -256,7 +274,7 @@ class SecondMoments:
                 responses[image, :, row, column].reshape(-1, groups, n_outputs),
             )
 
-    def merge(self, other: SecondMoments) -> None:
+    def merge(self, other: SecondMoments | Samples) -> None:
         """Add the samples that `other` has seen.
 
         Raises
@@ -264,10 +282,10 @@ class SecondMoments:
         ShapeError
             If `other` belongs to a layer of another shape.
         """
-        if other.shape != self.shape:
+        if not isinstance(other, SecondMoments) or other.shape != self.shape:
             raise ShapeError(
-                "moments have shape (groups, inputs, outputs) = "
-                f"{other.shape}, expected {self.shape}"
+                f"{type(other).__name__} has shape (groups, inputs, outputs) = "
+                f"{other.shape}, expected SecondMoments of {self.shape}"
             )
         self.count += other.count
         self.sum_inputs += other.sum_inputs
@@ -385,6 +403,189 @@ class SecondMoments:
         }
 
 
+class Samples:
+    """The samples themselves, where they take less room than their second moments.
+
+    It stands in for :class:`SecondMoments` in a fully connected layer with more inputs
+    than samples. Kept in float32, the type they are computed in.
+
+    Parameters
+    ----------
+    n_inputs, n_outputs : int
+        Features of the layer.
+
+    Attributes
+    ----------
+    inputs : ndarray of float32, shape (count, n_inputs)
+    targets : ndarray of float32, shape (count, n_outputs)
+    """
+
+    def __init__(self, n_inputs: int, n_outputs: int) -> None:
+        self._parts = [
+            (np.empty((0, n_inputs), np.float32), np.empty((0, n_outputs), np.float32))
+        ]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Groups (one), inputs and outputs."""
+        inputs, targets = self._parts[0]
+        return 1, inputs.shape[1], targets.shape[1]
+
+    @property
+    def count(self) -> int:
+        """Samples seen."""
+        return sum(len(inputs) for inputs, _ in self._parts)
+
+    @property
+    def inputs(self) -> npt.NDArray[np.float32]:
+        """All inputs."""
+        return self._joined()[0]
+
+    @property
+    def targets(self) -> npt.NDArray[np.float32]:
+        """All target responses."""
+        return self._joined()[1]
+
+    @property
+    def sum_squared_targets(self) -> float:
+        """Squared Euclidean norm of all targets."""
+        targets = self.targets.astype(np.float64)
+        return float(np.vdot(targets, targets))
+
+    def add_images(
+        self,
+        inputs: npt.NDArray[Any],
+        responses: npt.NDArray[Any],
+        geometry: LayerGeometry,
+        positions: npt.NDArray[np.intp] | None = None,
+    ) -> None:
+        """Add a batch; as :meth:`SecondMoments.add_images` with one position each.
+
+        Raises
+        ------
+        ShapeError
+            If the shapes do not fit.
+        DatasetError
+            If there is an infinity or NaN.
+        """
+        _, n_inputs, n_outputs = self.shape
+        arrays = []
+        for name, array, last in (
+            ("inputs", inputs, n_inputs),
+            ("targets", responses, n_outputs),
+        ):
+            if array.shape != (len(inputs), last):
+                raise ShapeError(
+                    f"{name} have shape {array.shape}, expected (samples, {last})"
+                )
+            _check_finite(name, array)
+            arrays.append(np.array(array, dtype=np.float32))
+        self._parts.append((arrays[0], arrays[1]))
+
+    def merge(self, other: SecondMoments | Samples) -> None:
+        """Add the samples that `other` has seen.
+
+        Raises
+        ------
+        ShapeError
+            If `other` belongs to a layer of another shape.
+        """
+        if not isinstance(other, Samples) or other.shape != self.shape:
+            raise ShapeError(
+                f"{type(other).__name__} has shape (groups, inputs, outputs) = "
+                f"{other.shape}, expected Samples of {self.shape}"
+            )
+        self._parts += other._parts
+
+    def error_with_bias(self, bias: npt.ArrayLike) -> SampleError:
+        """Return the response error of weights beside a given bias."""
+        targets = self.targets - np.asarray(bias, dtype=np.float64).reshape(-1)
+        return SampleError(self.inputs.astype(np.float64), targets)
+
+    def error_with_best_bias(self) -> SampleError:
+        """Return the response error of weights beside :meth:`best_bias`."""
+        inputs, targets = (part.astype(np.float64) for part in self._joined())
+        inputs -= inputs.mean(axis=0)
+        targets -= targets.mean(axis=0)
+        return SampleError(inputs, targets)
+
+    def best_bias(self, weight: Array64) -> Array64:
+        """Return the bias, shape (1, outputs), with the least error for weights."""
+        inputs, targets = (
+            part.mean(axis=0, dtype=np.float64) for part in self._joined()
+        )
+        bias: Array64 = targets - inputs @ weight[0]
+        return bias[None]
+
+    def relative_error(self, weight: Array64, bias: npt.ArrayLike) -> float:
+        """Return what :meth:`SecondMoments.relative_error` does."""
+        error = self.error_with_bias(bias)
+        misses = error.targets - error.inputs @ weight[0]
+        squares = float(np.vdot(misses, misses))
+        return float(np.sqrt(squares / (self.sum_squared_targets or 1.0)))
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the samples as a safetensors file."""
+        inputs, targets = self._joined()
+        save_arrays(path, {"inputs": inputs, "targets": targets}, metadata={})
+
+    def _joined(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        if len(self._parts) > 1:
+            inputs, targets = zip(*self._parts, strict=True)
+            self._parts = [(np.concatenate(inputs), np.concatenate(targets))]
+        return self._parts[0]
+
+
+def load_statistics(path: str | PathLike[str]) -> SecondMoments | Samples:
+    """Read what :meth:`SecondMoments.save` or :meth:`Samples.save` wrote.
+
+    Raises
+    ------
+    ModelFormatError
+        If the file is neither, or its arrays do not fit each other.
+    OSError
+        If it cannot be read.
+    """
+    tensors, _ = load_arrays(path)
+    if tensors.keys() != {"inputs", "targets"}:
+        return SecondMoments.load(path)
+    inputs, targets = tensors["inputs"], tensors["targets"]
+    if (
+        inputs.dtype != np.float32
+        or targets.dtype != np.float32
+        or inputs.ndim != 2
+        or targets.ndim != 2
+        or len(inputs) != len(targets)
+    ):
+        raise ModelFormatError(
+            f"{path}: holds inputs {inputs.dtype} {inputs.shape} and targets "
+            f"{targets.dtype} {targets.shape}, expected two float32 matrices "
+            "with as many rows"
+        )
+    samples = Samples(inputs.shape[1], targets.shape[1])
+    samples._parts = [(inputs, targets)]
+    return samples
+
+
+def load_merged(paths: Iterable[str | PathLike[str]]) -> SecondMoments | Samples:
+    """Read the statistics of all shards of the images, at least one, and add them up.
+
+    One shard at a time is in memory beside the sum.
+
+    Raises
+    ------
+    ModelFormatError, OSError
+        See :func:`load_statistics`.
+    ShapeError
+        If they belong to different layers.
+    """
+    first, *others = paths
+    merged = load_statistics(first)
+    for path in others:
+        merged.merge(load_statistics(path))
+    return merged
+
+
 def draw_positions(
     random: np.random.Generator, n_images: int, n_positions: int, n_drawn: int
 ) -> npt.NDArray[np.intp]:
@@ -410,6 +611,13 @@ def draw_positions(
     keys = random.random((n_images, n_positions))
     drawn: npt.NDArray[np.intp] = np.argsort(keys, axis=1, kind="stable")[:, :n_drawn]
     return np.sort(drawn, axis=1)
+
+
+def _check_finite(name: str, array: npt.NDArray[Any]) -> None:
+    if not np.isfinite(array).all():
+        raise DatasetError(
+            f"calibration {name}: got infinity or NaN, expected finite values"
+        )
 
 
 def _as_images(values: npt.NDArray[Any]) -> npt.NDArray[Any]:

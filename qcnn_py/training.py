@@ -19,21 +19,6 @@ from qcnn_py.onnx_import import read_onnx
 __all__ = ["prepare_network", "read_network", "train_network"]
 
 
-def read_network(path: str | PathLike[str]) -> Network:
-    """Read a network from a ``.qcnn`` file or, by its name, an ONNX model.
-
-    Raises
-    ------
-    ModelFormatError
-        If the file is malformed.
-    UnsupportedOperator
-        If the ONNX model has an operator without counterpart.
-    OSError
-        If the file cannot be read.
-    """
-    return read_onnx(path) if Path(path).suffix == ".onnx" else Network.load(path)
-
-
 def train_network(
     dataset: Dataset, config: TrainedNetworkConfig, seed: int
 ) -> tuple[Network, dict[str, Any]]:
@@ -85,6 +70,21 @@ def train_network(
     )
 
 
+def read_network(path: str | PathLike[str]) -> Network:
+    """Read a ``.qcnn`` file, or an ONNX model if that is what it is called.
+
+    Raises
+    ------
+    ModelFormatError
+        If the file is malformed.
+    UnsupportedOperator
+        If an ONNX model has an operator that networks do not have.
+    OSError
+        If the file cannot be read.
+    """
+    return read_onnx(path) if Path(path).suffix == ".onnx" else Network.load(path)
+
+
 def prepare_network(
     config: NetworkConfig, dataset: Dataset, seed: int
 ) -> tuple[Network, dict[str, Any]]:
@@ -114,6 +114,8 @@ def prepare_network(
         If the file's network does not fit the images and classes, or as `fit`.
     ModelFormatError
         If the file is malformed.
+    UnsupportedOperator
+        If an ONNX model has an operator that networks do not have.
     OSError
         If the file cannot be read.
     """

@@ -11,11 +11,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from math import prod
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from qcnn_py.config import LayerNames
+from qcnn_py.config import LayerShape
 from qcnn_py.errors import ModelFormatError, QcnnError
 
 _PACKAGE = Path(__file__).parent
@@ -129,40 +130,51 @@ def reporting(log: str | os.PathLike[str]) -> Iterator[None]:
         raise
 
 
-def read_layer_names(path: str | os.PathLike[str]) -> LayerNames:
-    """Return names and kinds of the conv and fc layers of a network's file.
+def read_layer_shapes(path: str | os.PathLike[str]) -> list[LayerShape]:
+    """Return the conv and fc layers of a file of dense weights, in order.
 
-    Of a ``.qcnn`` file only the header is read, an ONNX model is translated.
+    Only the header of a ``.qcnn`` file is read. What an ONNX model's layers are is
+    known when it is translated.
 
     Raises
     ------
     ModelFormatError
-        If the file is no ``.qcnn`` file, or as `read_onnx`.
+        If the file is neither a ``.qcnn`` file nor an ONNX model, or one of its
+        layers is quantised.
     UnsupportedOperator
-        As `read_onnx`.
+        If an ONNX model has an operator that networks do not have.
     OSError
         If it cannot be read.
     """
     if Path(path).suffix == ".onnx":
-        # Takes its time to import.
         from qcnn_py.onnx_import import read_onnx
+        from qcnn_py.quantization import layer_shape
 
-        network = read_onnx(path)
-        return [
-            (node.name, "conv" if node.op == "conv" else "fc")
-            for node in network.nodes
-            if node.op in ("conv", "fc")
-        ]
+        return [layer_shape(layer) for layer in read_onnx(path).layers]
     try:
         with safe_open(path, framework="numpy") as file:
             graph = json.loads(file.metadata()["qcnn"])["graph"]
-        return [
-            (node["name"], node["op"]["type"])
-            for node in graph["nodes"]
-            if node["op"]["type"] in ("conv", "fc")
-        ]
+            shapes = []
+            for node in graph["nodes"]:
+                name, op = node["name"], node["op"]
+                if op["type"] in ("conv", "fc"):
+                    size = file.get_slice(f"{name}.weight").get_shape()
+                    groups = op.get("groups", 1)
+                    shapes.append(
+                        LayerShape(
+                            name=name,
+                            kind=op["type"],
+                            n_vectors=size[0] * prod(size[2:]),
+                            n_inputs=prod(size[1:]),
+                            groups=groups,
+                            depthwise=groups > 1 and size[1] == 1,
+                        )
+                    )
+            return shapes
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ModelFormatError(f"{path}: expected a .qcnn file, got {error}") from error
+        raise ModelFormatError(
+            f"{path}: expected a .qcnn file of dense weights, got {error}"
+        ) from error
 
 
 @cache

@@ -9,7 +9,8 @@ from hypothesis.extra import numpy as hnp
 
 from qcnn_py import ProductQuantizer
 from qcnn_py.error_correction import CoordinateDescent
-from qcnn_py.statistics import SecondMoments
+from qcnn_py.quadratics import MomentQuadratic, Quadratic, SampleQuadratic
+from qcnn_py.statistics import SampleError, SecondMoments
 
 
 @st.composite
@@ -118,8 +119,10 @@ def moments_of(problem: dict[str, Any], samples: slice = slice(None)) -> SecondM
     return moments
 
 
-@given(problems(), st.booleans())
-def test_descent_never_climbs(problem: dict[str, Any], best_bias: bool) -> None:
+@given(problems(), st.booleans(), st.booleans())
+def test_descent_never_climbs(
+    problem: dict[str, Any], best_bias: bool, feedback: bool
+) -> None:
     moments = moments_of(problem)
     error = (
         moments.error_with_best_bias()
@@ -127,7 +130,13 @@ def test_descent_never_climbs(problem: dict[str, Any], best_bias: bool) -> None:
         else moments.error_with_bias(np.zeros_like(moments.sum_targets))
     )
     descent = CoordinateDescent(error, problem["original"], **problem["options"])
-    descent.seed(n_init=1, seed=0)
+    if feedback:
+        descent.seed_with_feedback(n_init=1, seed=0, rounds=2)
+        seeded = descent.objective()
+        descent.relax(rounds=2, temperature=0.2, seed=0)
+        assert descent.objective() <= seeded
+    else:
+        descent.seed(n_init=1, seed=0)
     trace = descent.run(max_rounds=6, tolerance=0)
     scale = moments.sum_squared_targets + (problem["original"] ** 2).sum()
     assert (np.diff(trace) <= 1e-9 * scale).all()
@@ -135,6 +144,40 @@ def test_descent_never_climbs(problem: dict[str, Any], best_bias: bool) -> None:
     assert np.isfinite(descent.codebooks).all()
     assert descent.codes.min() >= 0
     assert descent.codes.max() < problem["options"]["n_centroids"]
+
+
+@given(problems())
+def test_both_forms_of_the_objective_agree(problem: dict[str, Any]) -> None:
+    inputs, targets = problem["inputs"][:, 0], problem["targets"][:, 0]
+    original = problem["original"][0].T[None].copy()
+    moments = SecondMoments(1, inputs.shape[1], targets.shape[1])
+    moments.add(inputs[:, None], targets[:, None])
+    order = np.random.default_rng(0).permutation(inputs.shape[1])
+    ordered = np.ascontiguousarray(original[:, :, order])
+    forms: list[Quadratic] = [
+        MomentQuadratic(
+            moments.error_with_bias(np.zeros((1, targets.shape[1]))),
+            ordered,
+            order,
+            0.1,
+        ),
+        SampleQuadratic(SampleError(inputs, targets), ordered, order, 0.1),
+    ]
+    eliminations = [form.eliminate() for form in forms]
+    scale = 1e-8 * (1 + moments.sum_squared_targets)
+    for start in range(0, inputs.shape[1], 3):
+        rows = slice(start, min(start + 3, inputs.shape[1]))
+        for what in ("block", "residual"):
+            first, second = (getattr(form, what)(rows) for form in forms)
+            np.testing.assert_allclose(first, second, atol=scale)
+        planes = [elimination.plane(rows) for elimination in eliminations]
+        for first, second in zip(*planes, strict=True):
+            np.testing.assert_allclose(first, second, atol=scale)
+        weight = planes[0][1] + 0.3
+        for form, elimination in zip(forms, eliminations, strict=True):
+            elimination.settle(rows, weight)
+            form.move(rows, weight)
+        np.testing.assert_allclose(*(form.value() for form in forms), atol=scale)
 
 
 @given(problems(), st.integers(0, 60))

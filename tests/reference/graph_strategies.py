@@ -16,6 +16,7 @@ UNARY: dict[str, dict[str, Any]] = {
     "hard_swish": {},
     "silu": {},
     "softmax": {},
+    "log_softmax": {},
     "flatten": {},
     "dropout": {"rate": 0.25},
 }
@@ -68,7 +69,8 @@ def networks(
 def _append(draw: st.DrawFn, builder: NetworkBuilder, source: str) -> None:
     """Append one operation that `source` allows, with drawn attributes."""
     shape = builder.shape(source)
-    kinds = ["fc", "unary", "batch_norm", "add", "concat", "reshape"]
+    kinds = ["fc", "unary", "batch_norm", "combine", "concat", "reshape"]
+    kinds += ["slice", "pad", "transpose"]
     if len(shape) == 3:
         kinds += ["conv"] * 4 + ["pool"] * 2 + ["global", "lrn"]
     match draw(st.sampled_from(kinds)):
@@ -84,10 +86,29 @@ def _append(draw: st.DrawFn, builder: NetworkBuilder, source: str) -> None:
             builder.add(op, source, **UNARY[op])
         case "batch_norm":
             builder.batch_norm(source)
-        case "add":
-            builder.add("add", *[source] * draw(st.integers(2, 3)))
+        case "combine":
+            # The others may have extents of 1.
+            kept = [n if draw(st.booleans()) else 1 for n in shape]
+            part = _slice(draw, builder, source, kept)
+            op = draw(st.sampled_from(["add", "mul"]))
+            builder.add(op, source, *draw(st.permutations([source, part])))
         case "concat":
             builder.add("concat", *[source] * draw(st.integers(2, 3)))
+        case "slice":
+            counts = [draw(st.integers(1, n)) for n in shape]
+            _slice(draw, builder, source, counts)
+        case "pad":
+            builder.add(
+                "pad",
+                source,
+                before=[draw(st.integers(0, 2)) for _ in shape],
+                after=[draw(st.integers(0, 2)) for _ in shape],
+                value=draw(st.sampled_from([0.0, -1.5])),
+            )
+        case "transpose":
+            axes = draw(st.permutations(range(len(shape))))
+            moved = [shape[axis] for axis in axes]
+            builder.add("transpose", source, view=list(shape), axes=axes, shape=moved)
         case "reshape":
             channels, *pixels = shape if len(shape) == 3 else (1, *shape, 1)
             builder.add("reshape", source, shape=[channels, *reversed(pixels)])
@@ -123,6 +144,18 @@ def _append(draw: st.DrawFn, builder: NetworkBuilder, source: str) -> None:
                 beta=draw(st.sampled_from([0.5, 0.75, 1.0])),
                 bias=draw(st.sampled_from([1.0, 2.0])),
             )
+
+
+def _slice(
+    draw: st.DrawFn, builder: NetworkBuilder, source: str, counts: list[int]
+) -> str:
+    """Append a slice of the given extents, with a drawn start and step."""
+    starts, steps = [], []
+    for extent, count in zip(builder.shape(source), counts, strict=True):
+        step = draw(st.integers(1, max(1, (extent - 1) // max(count - 1, 1))))
+        steps.append(step)
+        starts.append(draw(st.integers(0, extent - 1 - (count - 1) * step)))
+    return builder.add("slice", source, start=starts, step=steps, shape=counts)
 
 
 def _append_conv(draw: st.DrawFn, builder: NetworkBuilder, source: str) -> None:

@@ -216,11 +216,42 @@ def _softmax(x: Array, a: Attributes) -> Array:
     return exponential / exponential.sum(axis=1, keepdims=True)
 
 
+def _log_softmax(x: Array, a: Attributes) -> Array:
+    shifted = x - x.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def _slice(x: Array, a: Attributes) -> Array:
+    for axis, start, step, count in zip(
+        range(1, x.ndim), a["start"], a["step"], a["shape"], strict=True
+    ):
+        x = x.take(start + step * np.arange(count), axis)
+    return x
+
+
+def _pad(x: Array, a: Attributes) -> Array:
+    widths = [(0, 0), *zip(a["before"], a["after"], strict=True)]
+    return np.pad(x, widths, constant_values=a["value"])
+
+
+def _transpose(x: Array, a: Attributes) -> Array:
+    view = x.reshape(len(x), *a["view"])
+    moved = view.transpose(0, *(axis + 1 for axis in a["axes"]))
+    return moved.reshape(len(x), *a["shape"])
+
+
 def _add(inputs: list[Array], a: Attributes, p: Parameters) -> Array:
     total = inputs[0]
     for other in inputs[1:]:
         total = total + other
     return total
+
+
+def _mul(inputs: list[Array], a: Attributes, p: Parameters) -> Array:
+    product = inputs[0]
+    for other in inputs[1:]:
+        product = product * other
+    return product
 
 
 def _concat(inputs: list[Array], a: Attributes, p: Parameters) -> Array:
@@ -244,10 +275,15 @@ OPERATIONS: dict[str, Callable[[list[Array], Attributes, Parameters], Array]] = 
     "hard_swish": _unary(lambda x, a: x * np.clip(x / 6 + 0.5, 0, 1)),
     "silu": _unary(lambda x, a: x * _sigmoid(x)),
     "add": _add,
+    "mul": _mul,
     "concat": _concat,
     "flatten": _unary(lambda x, a: x.reshape(len(x), math.prod(x.shape[1:]))),
     "reshape": _unary(lambda x, a: x.reshape(len(x), *a["shape"])),
+    "slice": _unary(_slice),
+    "pad": _unary(_pad),
+    "transpose": _unary(_transpose),
     "batch_norm": _batch_norm,
     "softmax": _unary(_softmax),
+    "log_softmax": _unary(_log_softmax),
     "dropout": _unary(lambda x, a: x),
 }

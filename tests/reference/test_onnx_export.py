@@ -29,6 +29,37 @@ def test_quantized_network_with_any_batch(n: int, tmp_path: Path) -> None:
     assert relative_error(output, execute(network, images)["prob"]) < 1e-5
 
 
+@pytest.mark.parametrize("n_centroids", [1, 2, 5, 128, 256, 300])
+def test_compact_weights_are_those_of_the_codes(
+    n_centroids: int, tmp_path: Path
+) -> None:
+    builder = NetworkBuilder((6, 9, 9))
+    builder.conv(8, 3, groups=2, quantized=Quantized(n_centroids, 2, per_group=True))
+    builder.conv(15, 2, groups=1, quantized=Quantized(n_centroids, 3))
+    builder.fc(7, quantized=Quantized(n_centroids, 4))
+    network, images = builder.build(), builder.images(2)
+    network.to_onnx(tmp_path / "network.onnx", compact=True)
+    (output,) = onnx_runtime(tmp_path / "network.onnx").run(None, {"input": images})
+    assert relative_error(output, execute(network, images)[network.output]) < 1e-5
+    # Nothing is stored dense.
+    stored = onnx.load(tmp_path / "network.onnx").graph.initializer
+    assert not any(tensor.name.endswith(".weight") for tensor in stored)
+
+
+def test_compact_file_is_small(tmp_path: Path) -> None:
+    builder = NetworkBuilder((2048,))
+    builder.fc(512, quantized=Quantized(32, 4))
+    network = builder.build()
+    sizes = []
+    for compact in (False, True):
+        network.to_onnx(tmp_path / "network.onnx", compact=compact)
+        sizes.append((tmp_path / "network.onnx").stat().st_size)
+    dense, compact_size = sizes
+    assert dense > 4 * 2048 * 512
+    # Codes of 5 bits and codebooks, and some nodes.
+    assert compact_size < 512 * 512 * 5 / 8 + 4 * 32 * 2048 + 4 * 512 + 5000
+
+
 def test_names_shapes_and_metadata(tmp_path: Path) -> None:
     builder = NetworkBuilder((2, 4, 4))
     builder.conv(3, 3, name="conv", quantized=Quantized(4, 2))
@@ -81,7 +112,7 @@ def test_missing_package_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
     network, _ = mixed_network()
-    with pytest.raises(ImportError, match=r"pip install 'qcnn\[bench\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'qcnn\[onnx\]'"):
         network.to_onnx(tmp_path / "network.onnx")
 
 

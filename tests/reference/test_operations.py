@@ -117,6 +117,28 @@ def _branches(operation: str) -> Case:
     return (3, 5, 5), fill
 
 
+def _gated(*kept: int) -> Case:
+    """Product with a part of the input whose extents are `kept`."""
+
+    def fill(b: NetworkBuilder) -> None:
+        part = b.add("slice", start=[0] * 3, step=[1] * 3, shape=list(kept))
+        b.add("mul", "input", b.add("sigmoid", part))
+
+    return (4, 5, 6), fill
+
+
+def _slice(start: list[int], step: list[int], shape: list[int]) -> Case:
+    return (4, 7, 9), lambda b: b.add("slice", start=start, step=step, shape=shape)
+
+
+def _pad(before: list[int], after: list[int], value: float = 0.0) -> Case:
+    return (4, 7, 9), lambda b: b.add("pad", before=before, after=after, value=value)
+
+
+def _transpose(view: list[int], axes: list[int], shape: list[int]) -> Case:
+    return (4, 6, 5), lambda b: b.add("transpose", view=view, axes=axes, shape=shape)
+
+
 OTHERS: dict[str, Case] = {
     "global_average_pool": ((3, 5, 7), lambda b: b.add("global_average_pool")),
     "global_average_pool-1x1": ((3, 1, 1), lambda b: b.add("global_average_pool")),
@@ -139,6 +161,27 @@ OTHERS: dict[str, Case] = {
     "silu": ((3, 4, 5), lambda b: b.add("silu")),
     "add": _branches("add"),
     "add-itself": ((3, 4, 5), lambda b: b.add("add", "input", "input")),
+    "mul": _branches("mul"),
+    "mul-channels": _gated(4, 1, 1),
+    "mul-pixels": _gated(1, 5, 6),
+    "mul-columns": _gated(1, 1, 6),
+    "mul-ends": _gated(4, 1, 6),
+    "mul-number": _gated(1, 1, 1),
+    "slice": _slice([1, 0, 2], [1, 1, 1], [2, 7, 5]),
+    "slice-strided": _slice([0, 1, 0], [1, 2, 2], [4, 3, 5]),
+    "slice-one": _slice([3, 6, 8], [1, 1, 1], [1, 1, 1]),
+    "slice-features": ((9,), lambda b: b.add("slice", start=[2], step=[3], shape=[3])),
+    "pad-channels": _pad([2, 0, 0], [1, 0, 0]),
+    "pad-pixels": _pad([0, 1, 2], [0, 3, 0], value=-1.5),
+    "pad-nothing": _pad([0, 0, 0], [0, 0, 0], value=3.0),
+    "transpose-channels-last": _transpose([4, 6, 5], [1, 2, 0], [6, 5, 4]),
+    "transpose-shuffle": _transpose([2, 2, 30], [1, 0, 2], [4, 6, 5]),
+    "transpose-depth-to-space": _transpose(
+        [1, 2, 2, 6, 5], [0, 3, 1, 4, 2], [1, 12, 10]
+    ),
+    "transpose-to-features": _transpose([24, 5], [1, 0], [120]),
+    "log_softmax": ((11,), lambda b: b.add("log_softmax")),
+    "log_softmax-pixels": ((4, 3, 5), lambda b: b.add("log_softmax")),
     "concat": _branches("concat"),
     "concat-features": ((7,), lambda b: b.add("concat", "input", b.fc(3))),
     "flatten": ((3, 4, 5), lambda b: b.add("flatten")),

@@ -67,8 +67,8 @@ def test_impossible_conv_fc_is_refused(changes: dict[str, Any], message: str) ->
 
 def drawn(config: SpeedConfig) -> Network:
     settings = {
-        name: config.quantize.resolve(name, kind, name == "fc8")
-        for name, kind in config.layer_names
+        name: plan.settings
+        for name, plan in config.quantize.plan(config.layers).items()
     }
     return drawn_network(config.published_name, settings, config.seed)
 
@@ -80,9 +80,9 @@ def drawn_alexnet(config: QuantizeConfig, seed: int = 0) -> Network:
 def test_drawn_alexnet_has_the_published_cost() -> None:
     network = drawn_alexnet(QuantizeConfig(preset="paper-alexnet"))
     layers = network.layers
-    assert [(layer.name, layer.kind) for layer in layers] == list(
-        SpeedConfig().layer_names
-    )
+    assert [(layer.name, layer.kind) for layer in layers] == [
+        layer[:2] for layer in SpeedConfig().layers
+    ]
     assert network.input_shape == (3, 227, 227)
     assert network.shapes["pool5"] == (256, 6, 6)
     # Wu et al. 2016: 4.15x fewer operations, computed as 724.4 M against 174.3 M.

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qcnn_py.augmentation import augmented
+from qcnn_py.augmentation import NUMBERS_PER_IMAGE, augmented
 from qcnn_py.errors import ConfigError
 
 
@@ -22,6 +22,19 @@ def test_images_are_mirrored_and_moved() -> None:
         padded[y : y + 3, x : x + 4].tobytes() for y in range(3) for x in range(3)
     }
     assert {each.tobytes() for each in moved} == expected
+
+
+@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize("shift", [0, 2])
+def test_each_image_has_its_own_random_numbers(flip: bool, shift: int) -> None:
+    batch = np.arange(20 * 12, dtype=np.float32).reshape(20, 1, 3, 4)
+
+    def changed(first: int, stop: int) -> np.ndarray:
+        rng = np.random.Generator(np.random.PCG64(3).advance(first * NUMBERS_PER_IMAGE))
+        return augmented(batch[first:stop], flip, shift, rng)
+
+    parts = [changed(0, 7), changed(7, 8), changed(8, 20)]
+    np.testing.assert_array_equal(np.concatenate(parts), changed(0, 20))
 
 
 def test_features_are_no_images() -> None:

@@ -8,6 +8,7 @@ from qcnn_py.config import (
     ARCHITECTURES,
     PRESETS,
     LayerSettings,
+    LayerShape,
     OptimizerConfig,
     PeerName,
     PresetName,
@@ -20,6 +21,7 @@ from qcnn_py.config import (
 from qcnn_py.contenders import PEERS
 from qcnn_py.errors import ConfigError
 from qcnn_py.published_networks import PUBLISHED_NETWORKS
+from qcnn_py.workflow import read_layer_shapes
 
 ROOT = Path(__file__).parents[2]
 
@@ -199,6 +201,30 @@ def test_full_race_loads():
     assert config.runs.keys().isdisjoint(shipped.runs)
 
 
+def test_worked_example_loads():
+    example = load_config(ROOT / "workflow" / "configs" / "cifar10.yaml")
+    shipped = load_config(ROOT / "config.yaml")
+    assert example.runs.keys().isdisjoint(shipped.runs)
+
+
+def test_worked_example_fits_its_network(test_data):
+    layers = read_layer_shapes(test_data / "cifar10_alexnet.onnx")
+    example = load_config(ROOT / "workflow" / "configs" / "cifar10.yaml")
+    dense = {
+        name: [
+            layer
+            for layer, plan in run.quantize.plan(layers).items()
+            if plan.settings.dense
+        ]
+        for name, run in example.runs.items()
+    }
+    assert dense == {
+        "cifar10": ["fc7"],
+        "cifar10-unlabelled": ["fc7"],
+        "cifar10-small": [],
+    }
+
+
 def test_architectures_are_the_published_networks():
     assert set(ARCHITECTURES.values()) == set(PUBLISHED_NETWORKS)
     field = SpeedConfig.model_fields["architecture"]
@@ -230,9 +256,8 @@ def test_schema_explains_every_key():
 def sizes_of(config):
     """Return C' and K of each layer of a speed run."""
     return {
-        name: (settings.subvector_dim, settings.n_centroids)
-        for name, kind in config.layer_names
-        for settings in [config.quantize.resolve(name, kind, is_last=name == "fc8")]
+        name: (plan.settings.subvector_dim, plan.settings.n_centroids)
+        for name, plan in config.quantize.plan(config.layers).items()
     }
 
 
@@ -301,7 +326,7 @@ class TestResolve:
             {
                 "architecture": "vgg-16",
                 "quantize": {
-                    "preset": "paper-vgg-16",
+                    "preset": "paper-vgg16",
                     "conv": {"subvector_dim": 4, "n_centroids": 32},
                 },
             }
@@ -323,11 +348,105 @@ def test_exponents_without_a_point_are_numbers():
     assert config.learning_rate == 0.001
 
 
-def test_layer_names_of_a_trained_network():
-    network = TrainedNetworkConfig(conv_channels=(4,), fc_features=(8, 8))
-    assert network.layer_names == (
-        ("conv1", "conv"),
-        ("fc1", "fc"),
-        ("fc2", "fc"),
-        ("fc3", "fc"),
+def test_layers_of_a_trained_network():
+    network = TrainedNetworkConfig(conv_channels=(4,), fc_features=(8, 9))
+    assert network.layers(n_classes=10) == (
+        LayerShape("conv1", "conv", 4 * 9),
+        LayerShape("fc1", "fc", 8),
+        LayerShape("fc2", "fc", 9, 8),
+        LayerShape("fc3", "fc", 10, 9),
     )
+    assert network.layers(None)[-1].n_vectors is None
+
+
+CONV = LayerShape("conv", "conv", n_vectors=288, n_inputs=27, groups=2)
+FC = LayerShape("fc", "fc", n_vectors=100, n_inputs=4096)
+LAST = LayerShape("last", "fc", n_vectors=10, n_inputs=100)
+
+
+class TestPlan:
+    @staticmethod
+    def plan(shapes=(CONV, FC, LAST), **settings):
+        return QuantizeConfig.from_mapping(settings).plan(shapes)
+
+    @pytest.mark.parametrize(
+        ("n_vectors", "expected"),
+        [(32, 16), (31, 8), (16, 8), (15, None), (10, None), (None, None)],
+    )
+    def test_a_preset_adapts(self, n_vectors, expected):
+        layer = LayerShape("last", "fc", n_vectors)
+        settings, adaptation = self.plan([layer], preset="paper-alexnet")["last"][1:]
+        assert settings.dense == (expected is None)
+        if expected:
+            assert settings.n_centroids == expected
+        assert (adaptation is None) == (expected == 16)
+
+    def test_a_preset_counts_the_vectors_of_a_codebook(self):
+        plans = self.plan(preset="paper-alexnet")
+        assert plans["conv"].settings.n_centroids == 128
+        per_group = self.plan(preset="paper-alexnet", codebook_groups="per_group")
+        assert per_group["conv"].settings.n_centroids == 64
+        assert per_group["conv"].adaptation == (
+            "64 codewords instead of 128: 144 sub-vectors share a codebook"
+        )
+
+    def test_the_default_adapts(self):
+        assert self.plan()["last"].settings.dense
+        assert self.plan()["fc"].settings.n_centroids == 32
+
+    def test_what_is_given_is_not_adapted(self):
+        plans = self.plan(preset="small", layers={"last": {"n_centroids": 9}})
+        assert plans["last"].settings.n_centroids == 9
+        assert plans["last"].adaptation is None
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            (
+                {"layers": {"last": {"n_centroids": 11}}},
+                r"quantize\.layers\.last\.n_centroids: got 11, expected at most 10, "
+                "the number of sub-vectors",
+            ),
+            (
+                {
+                    "codebook_groups": "per_group",
+                    "exclude": ["fc", "last"],
+                    "conv": {"n_centroids": 200},
+                },
+                "got 200, expected at most 144",
+            ),
+            ({"exclude": ["lost"]}, r"quantize\.exclude\.0: got 'lost': the .*'last'"),
+            (
+                {"exclude": ["fc"], "layers": {"fc": {"n_centroids": 4}}},
+                r"quantize\.exclude: got fc, which quantize\.layers has settings for",
+            ),
+        ],
+        ids=["codewords", "codewords of a group", "unknown layer", "twice"],
+    )
+    def test_impossible_settings(self, settings, message):
+        with pytest.raises(ConfigError, match=message):
+            self.plan(**settings)
+
+    def test_excluded_layers_stay_dense(self):
+        plans = self.plan(exclude=["last", "conv"], n_centroids=64)
+        assert [plan.settings.dense for plan in plans.values()] == [True, False, True]
+
+    def test_statistics_have_to_fit_into_memory(self):
+        wide = LayerShape("fc6", "fc", 4096, 25088)
+        assert not self.plan([wide], calibration_images=10_000)["fc6"].settings.dense
+        with pytest.raises(
+            ConfigError,
+            match=r"fc6\.calibration_images: got 20000, expected at most 10699 for a "
+            "layer with 25088 inputs, whose statistics would take more than 2 GiB",
+        ):
+            self.plan([wide], calibration_images=20_000)
+        with pytest.raises(
+            ConfigError,
+            match=r"10000 and 2 augmented copies of each, .* most 3566 ",
+        ):
+            self.plan([wide], calibration_images=10_000, augmented_copies=2)
+
+    def test_impossible_settings_are_refused_before_anything_runs(self):
+        run = {"kind": "pipeline", "quantize": {"fc": {"n_centroids": 16}}}
+        with pytest.raises(ConfigError, match=r"^runs\.a\.quantize\.layers\.fc2\."):
+            load_config({"runs": {"a": run}})

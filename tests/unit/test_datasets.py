@@ -160,13 +160,13 @@ def test_loading_other_files_is_refused(tmp_path: Path) -> None:
 
 def test_calibration_images_come_from_the_training_split(numbered: Path) -> None:
     dataset = prepare(source="npz", path=numbered, test_split="folds")
-    drawn = dataset.calibration(30, seed=1)
+    drawn, _ = dataset.calibration(30, seed=1)
     assert drawn.shape == (30, 1, 2, 2)
     assert drawn.dtype == np.float32
     numbers = np.rint(drawn[:, 0, 0, 0] * 255).astype(int).tolist()
     assert len(set(numbers)) == 30
     assert set(numbers) <= set(gray_levels(dataset, "train"))
-    assert len(dataset.calibration(10_000, seed=1)) == dataset.size("train")
+    assert len(dataset.calibration(10_000, seed=1)[0]) == dataset.size("train")
 
 
 def test_batches_are_the_images_in_order(numbered: Path) -> None:

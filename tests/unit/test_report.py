@@ -34,7 +34,9 @@ def quantized_layer(name: str, network: Network, error: float) -> QuantizedLayer
         codes=rng.integers(4, size=shape, dtype=np.uint8),
         bias=network.tensors[f"{name}.bias"] if node.attributes["bias"] else None,
     )
-    metrics = LayerMetrics(error, 10 * error, 100, 3, (0.5, 0.2, 0.1, 0.1))
+    compared = {"kmeans": 9 * error, "bcd": 2 * error, "gptvq": error}
+    objective = (0.5, 0.2, 0.1, 0.1)
+    metrics = LayerMetrics(error, 10 * error, compared, 100, 3, objective)
     return QuantizedLayer(name, weights, LayerSettings(), 0, metrics)
 
 
@@ -156,6 +158,7 @@ def build(folder: Path, artefacts: dict, kind: str = "pipeline") -> tuple[dict, 
     function(
         run="tiny",
         config=config(kind),
+        adaptations={"fc2": "left dense: only 3 sub-vectors"},
         command="snakemake --cores 1 results/tiny/report.html",
         schema=SCHEMA,
         json_path=folder / "report.json",
@@ -245,6 +248,15 @@ def test_layers_carry_their_response_errors(pipeline):
     assert errors["conv1"]["relative"]["values"] == pytest.approx([0.01, 0.02])
     assert errors["fc1"]["kmeans_relative"]["mean"] == pytest.approx(0.45)
     assert errors["fc2"] is None
+    compared = errors["fc1"]["compared"]
+    assert compared["bcd"]["values"] == pytest.approx([0.06, 0.12])
+
+
+def test_methods_and_adaptations_are_shown(artefacts, tmp_path):
+    report, html = build(tmp_path, artefacts)
+    assert report["adaptations"] == {"fc2": "left dense: only 3 sub-vectors"}
+    assert "fc2 left dense: only 3 sub-vectors" in html
+    assert "The methods at the same place" in html
 
 
 def test_sizes_are_those_of_the_files(pipeline, artefacts):

@@ -9,7 +9,13 @@ from random_networks import NetworkBuilder
 
 from qcnn_py import DatasetError, ModelFormatError, Network, ShapeError
 from qcnn_py.artefacts import save_arrays
-from qcnn_py.statistics import LayerGeometry, SecondMoments, draw_positions
+from qcnn_py.statistics import (
+    LayerGeometry,
+    Samples,
+    SecondMoments,
+    draw_positions,
+    load_merged,
+)
 
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -147,8 +153,31 @@ def test_shards_merge() -> None:
 
 
 def test_merge_refuses_other_layers() -> None:
-    with pytest.raises(ShapeError, match=r"\(1, 3, 2\), expected \(1, 2, 3\)"):
+    with pytest.raises(ShapeError, match=r"\(1, 3, 2\), expected .* \(1, 2, 3\)"):
         SecondMoments(1, 2, 3).merge(SecondMoments(1, 3, 2))
+    with pytest.raises(ShapeError, match=r"Samples has .*, expected SecondMoments of"):
+        SecondMoments(1, 2, 3).merge(Samples(2, 3))
+    with pytest.raises(ShapeError, match=r"\(1, 3, 2\), expected Samples of"):
+        Samples(2, 3).merge(Samples(3, 2))
+
+
+def test_samples_survive_a_file(tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    paths, parts = [], []
+    for n in (3, 4):
+        part = [rng.standard_normal((n, size)).astype(np.float32) for size in (9, 2)]
+        samples = Samples(9, 2)
+        samples.add_images(*part, LayerGeometry())
+        paths.append(tmp_path / f"{n}.safetensors")
+        samples.save(paths[-1])
+        parts.append(part)
+    merged = load_merged(paths)
+    assert isinstance(merged, Samples)
+    assert merged.count == 7
+    for name, pieces in zip(
+        ("inputs", "targets"), zip(*parts, strict=True), strict=True
+    ):
+        np.testing.assert_array_equal(getattr(merged, name), np.concatenate(pieces))
 
 
 def test_chosen_positions() -> None:

@@ -241,6 +241,36 @@ def test_a_network_from_a_file(digits: Dataset, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("softmax_last", [True, False])
+def test_a_network_from_an_onnx_model(
+    softmax_last: bool, digits: Dataset, tmp_path: Path
+) -> None:
+    builder = NetworkBuilder((1, 8, 8))
+    builder.conv(3, 3, name="conv1")
+    builder.batch_norm()
+    builder.fc(10, name="logits")
+    builder.add("reshape", shape=[10, 1, 1])
+    builder.add("softmax")
+    if not softmax_last:
+        builder.add("flatten")
+    network = builder.build()
+    path = tmp_path / "network.onnx"
+    network.to_onnx(path)
+    read, _ = prepare_network(NetworkFileConfig(path=str(path)), digits, 0)
+    assert [layer.name for layer in read.layers] == ["conv1", "logits"]
+    assert read.metadata == digits.metadata()
+    images = digits.images("test")
+    expected = network.compile()(images)
+    np.testing.assert_allclose(read.compile()(images), expected, atol=1e-5)
+    # Training starts from logits: a step of size 0 has the loss of these probabilities.
+    examples = Examples(images, digits.labels("test"))
+    config = OptimizerConfig(learning_rate=1e-30, epochs=1, batch_size=len(images))
+    _, history = fit(read, examples, NO_EXAMPLES, config, 0)
+    right = expected.reshape(-1, 10)[np.arange(len(images)), examples.labels]
+    loss = history["epochs"][0]["train_loss"]
+    assert loss == pytest.approx(-np.log(right).mean(), rel=1e-3)
+
+
 def test_a_file_knows_how_prepared_images_were_prepared(
     digits: Dataset, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from random_networks import NetworkBuilder
 from safetensors.numpy import save_file
 
 from qcnn_py import workflow
@@ -14,7 +15,7 @@ from qcnn_py.workflow import (
     code_fingerprint,
     folder_fingerprint,
     modules_of,
-    read_layer_names,
+    read_layer_shapes,
 )
 
 MODULE = '''
@@ -162,24 +163,48 @@ def test_a_bug_leaves_its_traceback_in_the_log(tmp_path):
     assert "ZeroDivisionError: division by zero" in (tmp_path / "stage.log").read_text()
 
 
-def test_layer_names_come_from_the_header(tmp_path):
+def test_layer_shapes_come_from_the_header(tmp_path):
     nodes = [
-        {"name": "c", "op": {"type": "conv"}},
+        {"name": "c", "op": {"type": "conv", "groups": 2}},
         {"name": "r", "op": {"type": "relu"}},
+        {"name": "d", "op": {"type": "conv", "groups": 4}},
         {"name": "f", "op": {"type": "fc"}},
     ]
     path = tmp_path / "network.qcnn"
     graph = json.dumps({"version": 1, "graph": {"nodes": nodes}})
-    save_file({"c.bias": np.zeros(1, np.float32)}, path, metadata={"qcnn": graph})
-    assert read_layer_names(path) == [("c", "conv"), ("f", "fc")]
+    weights = {"c.weight": (8, 3, 5, 2), "d.weight": (4, 1, 3, 3), "f.weight": (7, 20)}
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in weights.items()}
+    save_file(tensors, path, metadata={"qcnn": graph})
+    assert read_layer_shapes(path) == [
+        ("c", "conv", 80, 30, 2, False),
+        ("d", "conv", 36, 9, 4, True),
+        ("f", "fc", 7, 20, 1, False),
+    ]
+
+
+def test_layer_shapes_of_an_onnx_model(tmp_path):
+    builder = NetworkBuilder((4, 6, 6))
+    builder.conv(4, 3, name="depthwise", groups=4)
+    builder.conv(6, 1, name="pointwise")
+    builder.fc(3, name="logits")
+    network = builder.build()
+    network.to_onnx(tmp_path / "network.onnx")
+    network.save(tmp_path / "network.qcnn")
+    shapes = read_layer_shapes(tmp_path / "network.qcnn")
+    assert [(shape.name, shape.kind, shape.depthwise) for shape in shapes] == [
+        ("depthwise", "conv", True),
+        ("pointwise", "conv", False),
+        ("logits", "fc", False),
+    ]
+    assert read_layer_shapes(tmp_path / "network.onnx") == shapes
 
 
 @pytest.mark.parametrize("metadata", [None, {"qcnn": "{"}, {"qcnn": "[]"}, {"a": ""}])
-def test_other_files_have_no_layer_names(tmp_path, metadata):
+def test_other_files_have_no_layer_shapes(tmp_path, metadata):
     path = tmp_path / "network.qcnn"
     save_file({"c.bias": np.zeros(1, np.float32)}, path, metadata=metadata)
     with pytest.raises(ModelFormatError, match=r"network\.qcnn: expected a \.qcnn"):
-        read_layer_names(path)
+        read_layer_shapes(path)
 
 
 def _rewrite_with_the_same_size(folder):

@@ -12,7 +12,12 @@ DISTILLATION = {
     "benchmark_model": 1,
     "report_pipeline": 1,
 }
-AFTER_FINETUNING = {"requantize_fc_layer": 2, "assemble_model": 1, **DISTILLATION}
+AFTER_FINETUNING = {
+    "collect_statistics": 2,
+    "requantize_fc_layer": 2,
+    "assemble_model": 1,
+    **DISTILLATION,
+}
 FINETUNING = {"finetune_fc": 1, **AFTER_FINETUNING}
 AFTER_CONV = {"extract_features": 1, **FINETUNING}
 
@@ -39,25 +44,26 @@ def setting(*path, value):
                 "prepare_network": 1,
                 "quantize_conv_layer": 2,
                 **AFTER_CONV,
+                "collect_statistics": 4,
             },
             {"conv1", "conv2", "fc1", "fc2"},
             id="data",
         ),
         pytest.param(
             setting("quantize", "layers", "conv1", "n_centroids", value=4),
-            {"quantize_conv_layer": 2, **AFTER_CONV},
+            {"quantize_conv_layer": 2, **AFTER_CONV, "collect_statistics": 4},
             {"conv1", "conv2", "fc1", "fc2"},
             id="first conv layer",
         ),
         pytest.param(
             setting("quantize", "layers", "conv2", "n_centroids", value=4),
-            {"quantize_conv_layer": 1, **AFTER_CONV},
+            {"quantize_conv_layer": 1, **AFTER_CONV, "collect_statistics": 3},
             {"conv2", "fc1", "fc2"},
             id="second conv layer",
         ),
         pytest.param(
             setting("quantize", "layers", "conv1", "dense", value=True),
-            {"quantize_conv_layer": 1, **AFTER_CONV},
+            {"quantize_conv_layer": 1, **AFTER_CONV, "collect_statistics": 3},
             {"conv2", "fc1", "fc2"},
             id="a layer left dense",
         ),
@@ -69,9 +75,33 @@ def setting(*path, value):
         ),
         pytest.param(
             setting("quantize", "layers", "fc2", "n_centroids", value=4),
-            {**AFTER_FINETUNING, "requantize_fc_layer": 1},
+            {
+                **AFTER_FINETUNING,
+                "collect_statistics": 1,
+                "requantize_fc_layer": 1,
+            },
             {"fc2"},
             id="last fc layer",
+        ),
+        pytest.param(
+            setting("quantize", "layers", "fc2", "shards", value=3),
+            {
+                **AFTER_FINETUNING,
+                "collect_statistics": 3,
+                "requantize_fc_layer": 1,
+            },
+            {"fc2"},
+            id="shards",
+        ),
+        pytest.param(
+            setting("quantize", "layers", "fc2", "augmented_copies", value=1),
+            {
+                **AFTER_FINETUNING,
+                "collect_statistics": 1,
+                "requantize_fc_layer": 1,
+            },
+            {"fc2"},
+            id="augmented copies",
         ),
         pytest.param(
             setting("distill", "learning_rate", value=1e-3),

@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 
 import qcnn_py
+from qcnn_py.quantization import QuantizedLayer
 
 
 def test_end_to_end(finished):
@@ -82,6 +83,31 @@ def test_killed_run_resumes_to_the_same_bytes(workspace, finished):
     done = workspace.run()
     assert done.returncode == 0, done.stdout
     assert workspace.artefacts() == finished.artefacts()
+
+
+def test_shards_give_the_same_layers(workspace, finished):
+    workspace.edit_config(
+        lambda config: config["runs"]["tiny"]["quantize"].update(shards=3)
+    )
+    layers = ["quantized/conv1", "quantized/conv2", "requantized/fc1"]
+    for layer in layers:
+        path = workspace.replicate / f"{layer}.safetensors"
+        path.unlink()
+    replicate = workspace.replicate.relative_to(workspace.path)
+    done = workspace.run(str(replicate / "requantized" / "fc1.safetensors"))
+    assert done.returncode == 0, done.stdout
+    assert not list((workspace.replicate / "statistics").rglob("*.safetensors"))
+    for layer in layers:
+        one, three = (
+            QuantizedLayer.load(each.replicate / f"{layer}.safetensors")
+            for each in (finished, workspace)
+        )
+        assert one.metrics.samples == three.metrics.samples
+        np.testing.assert_array_equal(one.weights.codes, three.weights.codes)
+        # Sums in another order; the stored float16 may be the next one.
+        np.testing.assert_allclose(
+            one.weights.codebooks, three.weights.codebooks, rtol=2**-10, atol=1e-6
+        )
 
 
 def test_two_runs_at_once_are_refused(workspace):

@@ -14,7 +14,7 @@ from qcnn_py.errors import QcnnError
 from qcnn_py.workflow import (
     code_fingerprint,
     folder_fingerprint,
-    read_layer_names,
+    read_layer_shapes,
 )
 
 
@@ -27,9 +27,9 @@ def checked_config():
 
 
 def check_networks():
-    """Stop if a network file is unreadable or lacks a layer that a run needs."""
+    """Stop if a network file is unreadable or its layers cannot be as configured."""
     for run in CONFIG.runs:
-        layer_names(run)
+        planned_layers(run)
 
 
 def one_of(names):
@@ -120,15 +120,66 @@ def layer_name(wildcards):
     return unquote(wildcards.layer)
 
 
+def layer_plan(wildcards):
+    """Return how the layer of the wildcards is quantised."""
+    return planned_layers(wildcards.run)[layer_name(wildcards)]
+
+
 def layer_settings(wildcards):
-    """Return the resolved settings of the layer of the wildcards."""
-    return resolved_layers(wildcards.run)[layer_name(wildcards)][1]
+    """Return the settings that decide how the layer of the wildcards is quantised."""
+    settings = plain_settings(layer_plan(wildcards))
+    # Whatever the shards are, the layer is the same.
+    return {**settings, "shards": 1}
+
+
+def statistics_settings(wildcards):
+    """Return the settings that the statistics of the layer of the wildcards need."""
+    settings = plain_settings(layer_plan(wildcards))
+    keys = (
+        "calibration_images",
+        "shards",
+        "augmented_copies",
+        "flip",
+        "shift",
+        "positions_per_image",
+    )
+    return {key: settings[key] for key in keys}
+
+
+def shard_number(wildcards):
+    """Return the number of the shard of the wildcards."""
+    return int(wildcards.shard)
+
+
+def layer_shards(wildcards, kind):
+    """Return the statistics of the layer of the wildcards, one file for each shard."""
+    shards = range(layer_plan(wildcards).settings.shards)
+    return [
+        f"{REPLICATE}/statistics/{kind}/{{layer}}/{shard}.safetensors"
+        for shard in shards
+    ]
+
+
+def conv_shards(wildcards):
+    """Return the statistics of the conv layer of the wildcards."""
+    return layer_shards(wildcards, "conv")
+
+
+def fc_shards(wildcards):
+    """Return the statistics of the fc layer of the wildcards."""
+    return layer_shards(wildcards, "fc")
 
 
 def all_layer_settings(wildcards):
-    """Return the resolved settings of all layers of a run's network, by name."""
-    layers = resolved_layers(wildcards.run)
-    return {name: settings for name, (_, settings) in layers.items()}
+    """Return the settings of all layers of a run's network, by name."""
+    plans = planned_layers(wildcards.run)
+    return {name: plain_settings(plan) for name, plan in plans.items()}
+
+
+def adaptations(wildcards):
+    """Return what the run's preset did to fit the layers, by name."""
+    plans = planned_layers(wildcards.run)
+    return {name: plan.adaptation for name, plan in plans.items() if plan.adaptation}
 
 
 def run_seed(wildcards):
@@ -181,43 +232,37 @@ def published_name(wildcards):
 
 
 @cache
-def layer_names(run):
-    """Return names and kinds of the conv and fc layers of a run's network."""
+def planned_layers(run):
+    """Return how each layer of a run's network is quantised, by name and in order."""
     settings = CONFIG.runs[run]
     if isinstance(settings, SpeedConfig):
-        return settings.layer_names
+        return settings.quantize.plan(settings.layers)
     if not isinstance(settings.network, NetworkFileConfig):
-        return settings.network.layer_names
+        layers = settings.network.layers(settings.dataset.known_classes)
+        return settings.quantize.plan(layers)
     try:
-        names = read_layer_names(settings.network.path)
-        settings.quantize.check_layers(name for name, _ in names)
-    except (QcnnError, OSError) as error:
+        plans = settings.quantize.plan(read_layer_shapes(settings.network.path))
+    except (QcnnError, OSError, ImportError) as error:
         raise WorkflowError(f"runs.{run}: {error}") from None
-    if "fc" not in (kind for _, kind in names):
+    if "fc" not in (plan.kind for plan in plans.values()):
         raise WorkflowError(
             f"runs.{run}.network.path: {settings.network.path} has no fully connected "
             "layer, expected one to fine-tune"
         )
-    return names
+    return plans
 
 
-def resolved_layers(run):
-    """Return kind and plain settings of each layer of a run's network, by name."""
-    names = layer_names(run)
-    quantize = CONFIG.runs[run].quantize
-    resolved = {}
-    for name, kind in names:
-        settings = quantize.resolve(name, kind, is_last=name == names[-1][0])
-        resolved[name] = (kind, settings.model_dump(mode="json"))
-    return resolved
+def plain_settings(plan):
+    """Return the settings of a planned layer as plain values."""
+    return plan.settings.model_dump(mode="json")
 
 
 def quantized_layers(run, kind):
     """Return the names of the layers of a kind that are quantised, in order."""
     return [
         name
-        for name, (layer_kind, settings) in resolved_layers(run).items()
-        if layer_kind == kind and not settings["dense"]
+        for name, plan in planned_layers(run).items()
+        if plan.kind == kind and not plan.settings.dense
     ]
 
 
@@ -239,20 +284,16 @@ def requantized_fc_layers(wildcards):
     return layer_files(quantized_layers(wildcards.run, "fc"), "fc")
 
 
-def previous_layers(wildcards, kind):
+def previous_layers(wildcards):
     """Return the artefacts of the layers quantised before that of the wildcards."""
-    names = quantized_layers(wildcards.run, kind)
-    return layer_files(names[: names.index(layer_name(wildcards))], kind)
+    names = quantized_layers(wildcards.run, wildcards.kind)
+    return layer_files(names[: names.index(layer_name(wildcards))], wildcards.kind)
 
 
-def previous_conv_layers(wildcards):
-    """Return the artefacts of the quantised conv layers before this one."""
-    return previous_layers(wildcards, "conv")
-
-
-def previous_fc_layers(wildcards):
-    """Return the artefacts of the quantised fc layers before this one."""
-    return previous_layers(wildcards, "fc")
+def network_to_quantize(wildcards):
+    """Return the network that layers of the kind of the wildcards come from."""
+    name = {"conv": "network", "fc": "finetuned"}[wildcards.kind]
+    return f"{REPLICATE}/{name}.qcnn"
 
 
 def all_replicates(wildcards, patterns):
@@ -294,17 +335,21 @@ def all_quantized_layers(wildcards):
 
 def timings(wildcards):
     """Return the times of all stages of a pipeline, in the order of the stages."""
-    conv, fc = (
-        [quote(name, safe="") for name in quantized_layers(wildcards.run, kind)]
-        for kind in ("conv", "fc")
-    )
+
+    def stages_of(kind, rule):
+        for name in quantized_layers(wildcards.run, kind):
+            file = quote(name, safe="")
+            for shard in range(planned_layers(wildcards.run)[name].settings.shards):
+                yield f"collect_statistics.{kind}.{file}.{shard}"
+            yield f"{rule}.{file}"
+
     stages = [
         "prepare_dataset",
         "prepare_network",
-        *(f"quantize_conv_layer.{name}" for name in conv),
+        *stages_of("conv", "quantize_conv_layer"),
         "extract_features",
         "finetune_fc",
-        *(f"requantize_fc_layer.{name}" for name in fc),
+        *stages_of("fc", "requantize_fc_layer"),
         "distill_codebooks",
         "evaluate_models",
     ]

@@ -1,12 +1,39 @@
-# One job per layer. Each sees the responses of the layers quantised before it, so
-# the jobs of a kind form a chain.
+# One job per layer, behind jobs that gather the statistics of its inputs and responses
+# on a shard of the images each. A layer sees the responses of the layers quantised
+# before it, so the jobs of a kind form a chain.
+
+
+rule collect_statistics:
+    input:
+        dataset=rules.prepare_dataset.output.dataset,
+        network=network_to_quantize,
+        previous=previous_layers,
+    output:
+        statistics=temp(
+            f"{REPLICATE}/statistics/{{kind}}/{{layer}}/{{shard}}.safetensors"
+        ),
+    log:
+        f"{RUN}/logs/{{replicate}}/collect_statistics.{{kind}}.{{layer}}.{{shard}}.log",
+    benchmark:
+        f"{REPLICATE}/timings/collect_statistics.{{kind}}.{{layer}}.{{shard}}.tsv"
+    conda:
+        "../envs/qcnn.yaml"
+    params:
+        layer=layer_name,
+        shard=shard_number,
+        settings=statistics_settings,
+        seed=replicate_seed,
+        code=code_of("collect_statistics"),
+    message:
+        "{wildcards.run}/{wildcards.replicate}: statistics of {params.layer}, shard {params.shard}"
+    script:
+        "../scripts/collect_statistics.py"
 
 
 rule quantize_conv_layer:
     input:
-        dataset=rules.prepare_dataset.output.dataset,
         network=rules.prepare_network.output.network,
-        previous=previous_conv_layers,
+        statistics=conv_shards,
     output:
         layer=f"{REPLICATE}/quantized/{{layer}}.safetensors",
     log:
@@ -28,9 +55,8 @@ rule quantize_conv_layer:
 
 rule requantize_fc_layer:
     input:
-        dataset=rules.prepare_dataset.output.dataset,
         network=f"{REPLICATE}/finetuned.qcnn",
-        previous=previous_fc_layers,
+        statistics=fc_shards,
     output:
         layer=f"{REPLICATE}/requantized/{{layer}}.safetensors",
     log:

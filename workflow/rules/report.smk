@@ -23,6 +23,7 @@ rule report_pipeline:
         "../envs/qcnn.yaml"
     params:
         config=run_settings,
+        adaptations=adaptations,
         code=code_of("report_pipeline"),
     message:
         "{wildcards.run}: report"
@@ -48,6 +49,7 @@ rule report_speed:
         "../envs/qcnn.yaml"
     params:
         config=run_settings,
+        adaptations=adaptations,
         code=code_of("report_speed"),
     message:
         "{wildcards.run}: report"

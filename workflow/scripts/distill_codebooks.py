@@ -9,11 +9,13 @@ from qcnn_py.workflow import reporting
 
 with reporting(snakemake.log[0]):
     config = DistillConfig.from_mapping(snakemake.params.config)
-    dataset = Dataset.load(snakemake.input.dataset)
+    images, _ = Dataset.load(snakemake.input.dataset).calibration(
+        config.images, snakemake.params.seed
+    )
     distilled, history = distill_codebooks(
         Network.load(snakemake.input.original),
         Network.load(snakemake.input.quantized),
-        dataset.calibration(config.images, snakemake.params.seed),
+        images,
         config,
         snakemake.params.seed,
     )

@@ -9,6 +9,7 @@ with reporting(snakemake.log[0]):
     build_pipeline_report(
         run=snakemake.wildcards.run,
         config=snakemake.params.config,
+        adaptations=snakemake.params.adaptations,
         command=f"snakemake --cores 1 {snakemake.output.html}",
         evaluations=snakemake.input.evaluations,
         finetuning=snakemake.input.finetuning,

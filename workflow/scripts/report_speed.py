@@ -9,6 +9,7 @@ with reporting(snakemake.log[0]):
     build_speed_report(
         run=snakemake.wildcards.run,
         config=snakemake.params.config,
+        adaptations=snakemake.params.adaptations,
         command=f"snakemake --cores 1 {snakemake.output.html}",
         timings=snakemake.input.timings,
         benchmark=snakemake.input.benchmark,

@@ -1,21 +1,17 @@
-"""Quantise one fine-tuned fc layer behind the layers that are already quantised."""
+"""Quantise one fine-tuned fc layer from the statistics of all shards."""
 
 from qcnn_py.config import LayerSettings
-from qcnn_py.datasets import Dataset
 from qcnn_py.network import Network
-from qcnn_py.quantization import apply_layers, quantize_layer
+from qcnn_py.quantization import quantize_from_moments
+from qcnn_py.statistics import load_merged
 from qcnn_py.workflow import reporting
 
 with reporting(snakemake.log[0]):
-    settings = LayerSettings.from_mapping(snakemake.params.settings)
-    network = Network.load(snakemake.input.network)
-    dataset = Dataset.load(snakemake.input.dataset)
-    quantized = quantize_layer(
-        network,
-        apply_layers(network, snakemake.input.previous),
+    quantized = quantize_from_moments(
+        Network.load(snakemake.input.network),
         snakemake.params.layer,
-        dataset.calibration(settings.calibration_images, snakemake.params.seed),
-        settings,
+        load_merged(snakemake.input.statistics),
+        LayerSettings.from_mapping(snakemake.params.settings),
         snakemake.params.seed,
     )
     quantized.save(snakemake.output.layer)

@@ -10,7 +10,10 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
-use numpy::{PyArrayDyn, PyArrayMethods, PyReadonlyArrayDyn, PyUntypedArrayMethods, ToPyArray};
+use numpy::{
+    IntoPyArray, PyArray1, PyArrayDyn, PyArrayMethods, PyReadonlyArray2, PyReadonlyArray3,
+    PyReadonlyArrayDyn, PyReadwriteArray3, PyUntypedArrayMethods, ToPyArray,
+};
 use pyo3::exceptions::PyOSError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
@@ -18,6 +21,9 @@ use qcnn_core::session::Options;
 use qcnn_core::{
     Error, Graph, Isa, Network, Session, Tensor, TensorData, Tensors, Workspace, container,
 };
+
+use qcnn_quantizer::descent::{self, Books, Window};
+use qcnn_quantizer::kmeans;
 
 /// Memory one workspace may take before a batch is cut into pieces.
 const WORKSPACE_BYTES: usize = 64 << 20;
@@ -64,6 +70,14 @@ fn detached<T: Send>(
     py.detach(work).map_err(|e| to_python(py, e))
 }
 
+/// `Err` with a `ShapeError` unless `holds`.
+fn expect(py: Python<'_>, holds: bool, message: impl FnOnce() -> String) -> PyResult<()> {
+    if holds {
+        return Ok(());
+    }
+    Err(to_python(py, Error::Shape(message())))
+}
+
 /// Copy a network's tensors out of NumPy.
 fn tensors_from_python(tensors: &Bound<'_, PyDict>) -> PyResult<Tensors> {
     let mut out = Tensors::new();
@@ -93,6 +107,117 @@ fn tensors_from_python(tensors: &Bound<'_, PyDict>) -> PyResult<Tensors> {
 #[pyfunction]
 fn available_isas() -> Vec<&'static str> {
     Isa::available().iter().map(|isa| isa.name()).collect()
+}
+
+/// Cluster vectors by k-means; returns labels.
+#[pyfunction]
+fn cluster<'py>(
+    py: Python<'py>,
+    vectors: PyReadonlyArray2<'py, f64>,
+    draws: PyReadonlyArray2<'py, f64>,
+    max_rounds: usize,
+    tolerance: f64,
+    threads: usize,
+) -> PyResult<(Bound<'py, PyArray1<i64>>, f64)> {
+    let (shape, n_clusters) = (vectors.shape(), draws.shape()[0]);
+    expect(py, vectors.len() > 0 && draws.len() > 0, || {
+        format!(
+            "vectors and draws have shapes {shape:?} and {:?}, expected no zero in them",
+            draws.shape()
+        )
+    })?;
+    let (x, random) = (vectors.as_slice()?, draws.as_slice()?);
+    let dim = shape[1];
+    let (labels, error) =
+        py.detach(|| kmeans::cluster(x, dim, n_clusters, random, max_rounds, tolerance, threads));
+    Ok((labels.into_pyarray(py), error))
+}
+
+/// Choose codes of a subspace, or place its codewords, in a window; see
+/// `qcnn_quantizer::descent::assign`. Changes weight, residual and codes.
+#[pyfunction]
+#[allow(
+    clippy::too_many_arguments,
+    reason = "one call per subspace, arrays in place"
+)]
+fn assign<'py>(
+    py: Python<'py>,
+    gram: PyReadonlyArray3<'py, f64>,
+    mut weight: PyReadwriteArray3<'py, f64>,
+    mut residual: PyReadwriteArray3<'py, f64>,
+    books: PyReadonlyArray3<'py, f64>,
+    mut codes: PyReadwriteArray3<'py, i64>,
+    first: usize,
+    choose: bool,
+    threads: usize,
+) -> PyResult<()> {
+    let (g, w, b, c) = (gram.shape(), weight.shape(), books.shape(), codes.shape());
+    let (rows, n_centroids, dim) = (w[2], b[1], b[2]);
+    let fits = [w[0], rows, rows] == g
+        && residual.shape() == w
+        && c[..2] == w[..2]
+        && (b[0] == 1 || b[0] == w[0])
+        && first + c[2] * dim <= rows;
+    expect(py, fits && weight.len() > 0, || {
+        format!(
+            "gram, weight, residual, books, codes have shapes {g:?}, {w:?}, {:?}, {b:?}, \
+             {c:?}, expected (groups, rows, rows), (groups, outputs, rows) twice, (1 or \
+             groups, K, dim), (groups, outputs, positions), from row {first} on",
+            residual.shape()
+        )
+    })?;
+    let outputs = w[1];
+    let sets = b[0];
+    let codes = codes.as_slice_mut()?;
+    expect(py, known(codes, n_centroids), || {
+        format!("codes are out of range, expected 0 to {n_centroids} - 1")
+    })?;
+    let (words, gram) = (books.as_slice()?, gram.as_slice()?);
+    let (weight, residual) = (weight.as_slice_mut()?, residual.as_slice_mut()?);
+    py.detach(|| {
+        let mut window = Window {
+            gram,
+            weight,
+            residual,
+            rows,
+            outputs,
+        };
+        let books = Books { words, dim, sets };
+        descent::assign(&mut window, books, codes, first, choose, threads);
+    });
+    Ok(())
+}
+
+/// Normal matrix of the codewords of a subspace, (K * dim, K * dim).
+#[pyfunction]
+fn normal_matrix<'py>(
+    py: Python<'py>,
+    gram: PyReadonlyArray3<'py, f64>,
+    codes: PyReadonlyArray3<'py, i64>,
+    n_centroids: usize,
+) -> PyResult<Bound<'py, PyArray1<f64>>> {
+    let (g, c) = (gram.shape(), codes.shape());
+    let fits = g[0] == c[0] && g[1] == g[2] && c[2] > 0 && g[1] % c[2] == 0;
+    expect(py, fits && gram.len() * codes.len() > 0, || {
+        format!(
+            "gram and codes have shapes {g:?} and {c:?}, expected (groups, rows, rows) and \
+             (groups, outputs, positions), rows a multiple of positions"
+        )
+    })?;
+    let (dim, outputs) = (g[1] / c[2], c[1]);
+    let (gram, codes) = (gram.as_slice()?, codes.as_slice()?);
+    expect(py, known(codes, n_centroids), || {
+        format!("codes are out of range, expected 0 to {n_centroids} - 1")
+    })?;
+    let normal = py.detach(|| descent::normal_matrix(gram, codes, dim, outputs, n_centroids));
+    Ok(normal.into_pyarray(py))
+}
+
+/// Whether all codes stand for one of `n_centroids` codewords.
+fn known(codes: &[i64], n_centroids: usize) -> bool {
+    codes
+        .iter()
+        .all(|&code| (0..n_centroids as i64).contains(&code))
 }
 
 /// A checked network outside of Python. Codes read from a file stay packed.
@@ -356,6 +481,9 @@ impl PySession {
 #[pymodule(gil_used = false)]
 fn _engine(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(available_isas, module)?)?;
+    module.add_function(wrap_pyfunction!(cluster, module)?)?;
+    module.add_function(wrap_pyfunction!(assign, module)?)?;
+    module.add_function(wrap_pyfunction!(normal_matrix, module)?)?;
     module.add_class::<PyNetwork>()?;
     module.add_class::<PySession>()?;
     module.add("__version__", env!("CARGO_PKG_VERSION"))

@@ -479,6 +479,18 @@ impl<S: Simd, C: Cell> Kernel for RowsConv<S, C> {
     }
 
     fn run(&self, n: usize, input: &[f32], output: &mut [f32], scratch: &mut [f32]) {
+        self.images(n, input, output, scratch, f32::NEG_INFINITY);
+    }
+
+    fn run_relu(&self, n: usize, input: &[f32], output: &mut [f32], scratch: &mut [f32]) -> bool {
+        self.images(n, input, output, scratch, 0.0);
+        true
+    }
+}
+
+impl<S: Simd, C: Cell> RowsConv<S, C> {
+    /// Responses of `n` images, not less than `floor`.
+    fn images(&self, n: usize, input: &[f32], output: &mut [f32], scratch: &mut [f32], floor: f32) {
         let layout = &self.layout;
         let g = &layout.geometry;
         let group_in = g.group_in_channels() * g.in_pixels();
@@ -504,7 +516,7 @@ impl<S: Simd, C: Cell> Kernel for RowsConv<S, C> {
                     tile,
                     phases,
                 };
-                self.tile(i % g.groups, &inputs, output, scratch);
+                self.tile(i % g.groups, &inputs, output, scratch, floor);
             }
         }
     }
@@ -543,7 +555,14 @@ impl Task for Split<'_> {
 
 impl<S: Simd, C: Cell> RowsConv<S, C> {
     /// One tile of one group of one image.
-    fn tile(&self, group: usize, inputs: &Inputs<'_>, output: &mut [f32], scratch: &mut [f32]) {
+    fn tile(
+        &self,
+        group: usize,
+        inputs: &Inputs<'_>,
+        output: &mut [f32],
+        scratch: &mut [f32],
+        floor: f32,
+    ) {
         let [_, scales_len, cells_len, tables_len, partial_len, sums_len] = self.scratch_parts();
         let (scales, rest) = scratch.split_at_mut(scales_len);
         let (cells, rest) = rest.split_at_mut(cells_len);
@@ -609,6 +628,7 @@ impl<S: Simd, C: Cell> RowsConv<S, C> {
             group,
             tile: inputs.tile,
             unit,
+            floor,
             accumulators,
             output,
         });
@@ -843,6 +863,8 @@ struct Write<'a, S, C> {
     tile: usize,
     /// What 1 in the accumulators stands for.
     unit: f32,
+    /// Least response.
+    floor: f32,
     /// For each strip `(outputs, vectors of the strip)`
     accumulators: &'a [f32],
     output: &'a mut [f32],
@@ -859,6 +881,7 @@ impl<K, C: Cell> Task for Write<'_, K, C> {
         let padded_outputs = layout.padded_outputs();
         let bias = &self.kernel.bias[self.group * padded_outputs..][..padded_outputs];
         let unit = simd.splat(self.unit);
+        let floor = simd.splat(self.floor);
         let lanes = lanes::<S, C>();
         assert!(self.accumulators.len() >= cut.rows * padded_outputs * lanes);
         let size = [C::HALVES, S::LANES];
@@ -878,7 +901,7 @@ impl<K, C: Cell> Task for Write<'_, K, C> {
                     let sums = unsafe { C::accumulated(simd, self.accumulators.as_ptr().add(at)) };
                     let bias = simd.splat(bias[o]);
                     for half in 0..C::HALVES {
-                        let response = simd.mul_add(sums[half], unit, bias);
+                        let response = simd.max(simd.mul_add(sums[half], unit, bias), floor);
                         for pixels in row.of(half) {
                             // SAFETY: a row has lanes of a vector that lie within a map
                             // of as many pixels as the channel has.

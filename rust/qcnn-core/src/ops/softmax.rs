@@ -40,61 +40,39 @@ impl Task for Softmax<'_> {
         for image in self.data.chunks_exact_mut(self.channels * self.pixels) {
             for start in (0..self.pixels).step_by(BLOCK) {
                 let end = (start + BLOCK).min(self.pixels);
+                // One loop for each, compiled without the question.
                 if self.logarithm {
-                    log_softmax_block(image, self.pixels, start, end);
+                    softmax_block(true, image, self.pixels, start, end);
                 } else {
-                    softmax_block(image, self.pixels, start, end);
+                    softmax_block(false, image, self.pixels, start, end);
                 }
             }
         }
     }
 }
 
-/// The largest channel of each pixel.
 #[inline(always)]
-fn maxima(image: &[f32], pixels: usize, start: usize, end: usize) -> [f32; BLOCK] {
+fn softmax_block(logarithm: bool, image: &mut [f32], pixels: usize, start: usize, end: usize) {
     let mut maxima = [f32::NEG_INFINITY; BLOCK];
     for channel in image.chunks_exact(pixels) {
         for (max, x) in maxima.iter_mut().zip(&channel[start..end]) {
-            // A NaN is not lost here: its own exponential is NaN.
+            // A NaN is not lost here: its own exponential below is NaN.
             *max = max.max(*x);
         }
     }
-    maxima
-}
-
-#[inline(always)]
-fn softmax_block(image: &mut [f32], pixels: usize, start: usize, end: usize) {
-    let maxima = maxima(image, pixels, start, end);
     let mut sums = [0.0f32; BLOCK];
     for channel in image.chunks_exact_mut(pixels) {
         let values = channel[start..end].iter_mut();
         for ((x, max), sum) in values.zip(&maxima).zip(&mut sums) {
-            *x = (*x - max).exp();
-            *sum += *x;
+            let shifted = *x - max;
+            let exponential = shifted.exp();
+            *x = if logarithm { shifted } else { exponential };
+            *sum += exponential;
         }
     }
     for channel in image.chunks_exact_mut(pixels) {
         for (x, sum) in channel[start..end].iter_mut().zip(&sums) {
-            *x /= sum;
-        }
-    }
-}
-
-#[inline(always)]
-fn log_softmax_block(image: &mut [f32], pixels: usize, start: usize, end: usize) {
-    let maxima = maxima(image, pixels, start, end);
-    let mut sums = [0.0f32; BLOCK];
-    for channel in image.chunks_exact_mut(pixels) {
-        let values = channel[start..end].iter_mut();
-        for ((x, max), sum) in values.zip(&maxima).zip(&mut sums) {
-            *x -= max;
-            *sum += x.exp();
-        }
-    }
-    for channel in image.chunks_exact_mut(pixels) {
-        for (x, sum) in channel[start..end].iter_mut().zip(&sums) {
-            *x -= sum.ln();
+            *x = if logarithm { *x - sum.ln() } else { *x / sum };
         }
     }
 }

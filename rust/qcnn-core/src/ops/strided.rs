@@ -114,7 +114,7 @@ mod tests {
 
     #[test]
     fn every_run_is_visited_in_order() {
-        let loops = Loops::new(&[axis(2, 12, 1), axis(3, 4, 8), axis(4, 1, 2)]);
+        let loops = Loops::new(&[axis(2, 12, 1), axis(3, 4, 8), axis(4, 1, 3)]);
         let mut runs = Vec::new();
         loops.for_each(|output, input| runs.push((output, input)));
         assert_eq!(runs, [(0, 0), (4, 8), (8, 16), (12, 1), (16, 9), (20, 17)]);
