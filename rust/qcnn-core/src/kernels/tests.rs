@@ -8,6 +8,8 @@ use super::{conv_kernels, conv_kernels_of, fc_kernels, fc_kernels_of};
 use crate::geometry::ConvGeometry;
 use crate::graph::{CodebookBits, PqGeometry};
 use crate::isa::{Isa, Portable, Simd};
+use crate::ops::norm::BatchNorm;
+use crate::ops::quantize::sign;
 use crate::pack::{Codes, pack};
 use crate::precision::Precision;
 
@@ -1095,52 +1097,65 @@ impl Random {
 
 /// What is wrong with the kernels that count bits, of which there is one for each
 /// level: they have to give the reference's bits, alone and in a batch, with NaN where
-/// `input` has one and without.
-fn check_counting<'a>(
-    kernels: Vec<Candidate<'a>>,
+/// `input` has one and without, and those of a normalisation and the sign that follow.
+fn check_counting(
+    kernels: &[Candidate<'_>],
+    random: &mut Random,
     n: usize,
     input: &mut [f32],
-    nan: usize,
+    channels: usize,
     run: impl Fn(&[f32]) -> Vec<f32>,
 ) -> Result<(), String> {
-    let kernels: Vec<_> = kernels.iter().map(Candidate::build).collect();
-    let kernels = || {
-        kernels
-            .iter()
-            .filter(|kernel| kernel.name().ends_with("-b1-xnor"))
-    };
-    if kernels().count() != Isa::available().len() + 1 {
+    let mut kernels: Vec<_> = kernels.iter().map(Candidate::build).collect();
+    kernels.retain(|kernel| kernel.name().ends_with("-b1-xnor"));
+    if kernels.len() != Isa::available().len() + 1 {
         return Err("a level has no kernel that counts bits".to_owned());
     }
+    // Some channels do not depend on their input.
+    let scale: Vec<_> = (0..channels).map(|_| random.float().round()).collect();
+    let (bias, mean) = (random.floats(channels), random.floats(channels));
+    let norm = BatchNorm::new("norm", &scale, &bias, &mean, &vec![1.0; channels], 0.1);
+    let norm = norm.unwrap();
+    if !kernels.iter_mut().all(|kernel| kernel.fold(&norm)) {
+        return Err("a kernel does not fold".to_owned());
+    }
+    let nan = random.next() as usize;
     for spoilt in [false, true] {
         if spoilt {
             input[nan % input.len()] = f32::NAN;
         }
         let expected = run(input);
-        for kernel in kernels() {
+        let mut signs = expected.clone();
+        let planes = signs.chunks_exact_mut(expected.len() / n / channels);
+        for (i, plane) in planes.enumerate() {
+            for y in plane {
+                *y = sign(norm.apply(i % channels, *y));
+            }
+        }
+        for kernel in &kernels {
+            let compare = |output: &[f32], expected: &[f32]| {
+                let same =
+                    |(a, b): (&f32, &f32)| a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
+                match output.iter().zip(expected).position(|pair| !same(pair)) {
+                    None => Ok(()),
+                    Some(i) => Err(format!(
+                        "{}: element {i} is {}, expected {}",
+                        kernel.name(),
+                        output[i],
+                        expected[i]
+                    )),
+                }
+            };
             let mut scratch = vec![f32::NAN; kernel.scratch_len(n)];
             let mut output = vec![f32::INFINITY; expected.len()];
             kernel.run(n, input, &mut output, &mut scratch);
-            let same =
-                |(a, b): (&f32, &f32)| a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
-            if let Some(i) = output.iter().zip(&expected).position(|pair| !same(pair)) {
-                return Err(format!(
-                    "{}: element {i} is {}, expected {}",
-                    kernel.name(),
-                    output[i],
-                    expected[i]
-                ));
-            }
+            compare(&output, &expected)?;
+            kernel.run_folded(n, input, &mut output, &mut scratch);
+            compare(&output, &signs)?;
             let last = (n - 1) * (input.len() / n);
-            let mut alone = vec![0.0; output.len() / n];
-            kernel.run(1, &input[last..], &mut alone, &mut scratch);
-            let batch = &output[output.len() - alone.len()..];
-            if !alone.iter().zip(batch).all(same) {
-                return Err(format!(
-                    "{}: the last image depends on others",
-                    kernel.name()
-                ));
-            }
+            let alone = &mut output[..expected.len() / n];
+            kernel.run(1, &input[last..], alone, &mut scratch);
+            compare(alone, &expected[expected.len() - alone.len()..])?;
         }
     }
     Ok(())
@@ -1176,13 +1191,15 @@ fn check_sign_conv(case: &ConvCase, seed: u64) -> Result<(), String> {
         .into_iter()
         .map(f32::from)
         .collect();
-    let nan = random.next() as usize;
-    check_counting(all_conv_kernels(&layer), case.n, &mut input, nan, |input| {
+    let kernels = all_conv_kernels(&layer);
+    let run = |input: &[f32]| {
         let mut output = vec![0.0; case.n * case.out_channels * geometry.out_pixels()];
         scalar::conv(&layer, case.n, input, &mut output);
         output
-    })
-    .map_err(|e| format!("{case:?}: {e}"))
+    };
+    let channels = case.out_channels;
+    check_counting(&kernels, &mut random, case.n, &mut input, channels, run)
+        .map_err(|e| format!("{case:?}: {e}"))
 }
 
 #[test]
@@ -1263,13 +1280,14 @@ fn fully_connected_layers_that_count_bits() {
                 };
                 let signs = random.signs(n * in_features).into_iter();
                 let mut input: Vec<f32> = signs.map(f32::from).collect();
-                let nan = random.next() as usize;
-                check_counting(all_fc_kernels(&layer), n, &mut input, nan, |input| {
+                let kernels = all_fc_kernels(&layer);
+                let run = |input: &[f32]| {
                     let mut output = vec![0.0; n * out_features];
                     scalar::fc(&layer, n, input, &mut output);
                     output
-                })
-                .unwrap_or_else(|e| panic!("{in_features} to {out_features}, {n} images: {e}"));
+                };
+                check_counting(&kernels, &mut random, n, &mut input, out_features, run)
+                    .unwrap_or_else(|e| panic!("{in_features} to {out_features}, {n} images: {e}"));
             }
         }
     }
