@@ -227,7 +227,7 @@ impl Responses {
             // The least product that gives 1, counted in the direction.
             let (mut low, mut high) = (-terms, terms + 1);
             while low < high {
-                let middle = low.midpoint(high);
+                let middle = low + (high - low) / 2;
                 if positive(middle) {
                     high = middle;
                 } else {
