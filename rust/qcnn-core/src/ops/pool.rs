@@ -239,6 +239,8 @@ fn halve_plane<S: Simd, const K: usize>(
 
 /// The greatest values of the first two vectors of `K` lines: of their even, of their odd
 /// columns. All values are added to `sum`. Lines may end early.
+// Plain index loops, see `tile`.
+#[allow(clippy::needless_range_loop)]
 #[inline(always)]
 fn greatest_of_lines<S: Simd, const K: usize>(
     simd: S,
