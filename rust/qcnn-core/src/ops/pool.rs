@@ -497,7 +497,7 @@ mod tests {
                             let same = output
                                 .iter()
                                 .zip(&expected)
-                                .all(|(a, b)| a == b || a.is_nan() && b.is_nan());
+                                .all(|(a, b)| a.total_cmp(b).is_eq() || a.is_nan() && b.is_nan());
                             assert!(
                                 same,
                                 "{isa} {g:?} {special}: {output:?}, expected {expected:?}"
