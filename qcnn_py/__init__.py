@@ -8,6 +8,7 @@ installs it.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from qcnn_py import activations
 from qcnn_py._engine import __version__
 from qcnn_py.errors import (
     ConfigError,
@@ -43,6 +44,7 @@ __all__ = [
     "ShapeError",
     "UnsupportedOperator",
     "__version__",
+    "activations",
     "available_isas",
     "load",
     "quantize",
