@@ -27,6 +27,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from qcnn_py.activations import LinearLevels, Log2Levels
 from qcnn_py.dataset_config import DatasetConfig, DigitsConfig
 from qcnn_py.errors import ConfigError
 from qcnn_py.published_networks import published_network
@@ -428,7 +429,7 @@ class QuantizeConfig(LayerOverrides):
                 shown = key if key.endswith(name) else f"{key}: got {name!r}"
                 raise ConfigError(
                     f"quantize.{shown}: the network has no such layer"
-                    f"{_suggestion(name, known)}; its layers are {', '.join(known)}"
+                    f"{suggestion(name, known)}; its layers are {', '.join(known)}"
                 )
         for name in self.exclude:
             if name in self.layers:
@@ -494,6 +495,98 @@ def check_possible(settings: LayerSettings, layer: LayerShape) -> None:
             f"{layer.n_inputs} inputs, whose statistics would take more than "
             f"{STATISTICS_BYTES >> 30} GiB"
         )
+
+
+class ActivationsConfig(Section):
+    """Quantisation of what the conv and fc layers read."""
+
+    scheme: Literal["none", "linear", "log2", "sign"] = Field(
+        default="none",
+        description=(
+            "none: float32. linear: evenly spaced levels. log2: zero, and plus and "
+            "minus powers of two. sign: plus and minus 1, one bit (BinaryNet)."
+        ),
+    )
+    bits: int = Field(
+        default=8,
+        ge=2,
+        le=16,
+        description="Bits of an activation: linear 2 to 16, log2 2 to 8; sign has one.",
+    )
+    range: Literal["percentile", "given"] = Field(
+        default="percentile",
+        description=(
+            "Where the range of each layer's inputs comes from (linear, log2): a "
+            "percentile of their values on training images, or low and high."
+        ),
+    )
+    percentile: float = Field(
+        default=99.99,
+        gt=50,
+        le=100,
+        description=(
+            "Values, of magnitudes where there are negative ones, that the range holds."
+        ),
+    )
+    calibration_images: int = Field(
+        default=200,
+        ge=1,
+        description="Training images (without labels) that the percentile is of.",
+    )
+    low: float = Field(
+        default=0.0, description="Lower end of a given range (linear only)."
+    )
+    high: float | None = Field(
+        default=None,
+        description="Upper end of a given range; with log2 a power of two.",
+    )
+    noise: bool = Field(
+        default=False,
+        description=(
+            "Add noise with mean zero, one step wide, before rounding, while the "
+            "network is trained."
+        ),
+    )
+    layers: tuple[str, ...] | None = Field(
+        default=None,
+        description=(
+            "Names of the layers whose inputs are quantised; null: all but those that "
+            "read the image."
+        ),
+    )
+    exclude: tuple[str, ...] = Field(
+        default=(), description="Names of layers whose inputs are left in float32."
+    )
+
+    @model_validator(mode="after")
+    def _check_range(self) -> Self:
+        if self.range == "percentile":
+            if given := {"low", "high"} & self.model_fields_set:
+                raise ValueError(
+                    f"{min(given)}: got a number, expected range: given beside it"
+                )
+        elif self.scheme in ("linear", "log2"):
+            if self.high is None:
+                raise ValueError("high: got none, expected a number with range: given")
+            self.levels(self.low, self.high)
+        if self.scheme == "log2" and self.bits > 8:
+            raise ValueError(f"bits: got {self.bits}, expected 2 to 8 with log2")
+        return self
+
+    def levels(self, low: float, high: float) -> LinearLevels | Log2Levels | None:
+        """Return the levels of a range, None if the scheme needs no range.
+
+        Raises
+        ------
+        ConfigError
+            If the scheme cannot have that range.
+        """
+        match self.scheme:
+            case "linear":
+                return LinearLevels.of(self.bits, low, high)
+            case "log2":
+                return Log2Levels.of(self.bits, high)
+        return None
 
 
 class DescentConfig(Section):
@@ -609,6 +702,10 @@ class DistillConfig(DescentConfig):
     )
 
 
+WeightType = Literal["float", "binary", "linear"]
+"""What the weights of a trained network may be."""
+
+
 class TrainedNetworkConfig(Section):
     """A network that the workflow trains."""
 
@@ -617,7 +714,9 @@ class TrainedNetworkConfig(Section):
         default="conv_fc",
         description=(
             "conv_fc: convolutions, each with ReLU, some with 2x2 max pooling, then "
-            "fully connected layers. Layers are named conv1, conv2, … and fc1, fc2, …"
+            "fully connected layers. Layers are named conv1, conv2, … and fc1, fc2, … "
+            "With batch_norm there is a normalisation before each ReLU, behind "
+            "pooling, and behind the last layer."
         ),
     )
     conv_channels: tuple[Annotated[int, Field(ge=1)], ...] = Field(
@@ -648,9 +747,51 @@ class TrainedNetworkConfig(Section):
         lt=1,
         description="Dropout rate after each hidden fully connected layer.",
     )
+    batch_norm: bool = Field(
+        default=False,
+        description=(
+            "Normalise batches: before each ReLU, behind pooling, and behind the last "
+            "layer."
+        ),
+    )
+    weights: WeightType = Field(
+        default="float",
+        description=(
+            "float: float32. binary: plus and minus 1, one bit each in the file. "
+            "linear: 2**weight_bits evenly spaced levels from -1. Latent weights, "
+            "limited to the range of the levels, learn in the place of the last two, "
+            "which need batch_norm."
+        ),
+    )
+    weight_bits: int = Field(
+        default=8, ge=2, le=8, description="Bits of a weight (weights: linear only)."
+    )
+    activations: ActivationsConfig = Field(
+        default=ActivationsConfig(),
+        description=(
+            "Quantisation of what layers read, in training and in the trained network. "
+            "linear and log2 follow each ReLU, sign stands in its place and needs "
+            "batch_norm. A range is given, not a percentile."
+        ),
+    )
     training: OptimizerConfig = Field(
         default=OptimizerConfig(), description="How the network is trained."
     )
+
+    @model_validator(mode="after")
+    def _check_quantized(self) -> Self:
+        scheme = self.activations.scheme
+        if not self.batch_norm and (self.weights != "float" or scheme == "sign"):
+            raise ValueError(
+                f"batch_norm: got false, expected true with weights: {self.weights} "
+                f"and activations.scheme: {scheme}"
+            )
+        if scheme in ("linear", "log2") and self.activations.range != "given":
+            raise ValueError(
+                "activations.range: got percentile, expected given, for the range of a "
+                "network that is not trained yet"
+            )
+        return self
 
     def layers(self, n_classes: int | None) -> tuple[LayerShape, ...]:
         """Return the conv and fc layers, in order.
@@ -936,7 +1077,7 @@ def _describe(schema: dict[str, Any], details: ErrorDetails) -> str:
     if details["type"] == "extra_forbidden":
         path, known = _follow(schema, location[:-1])
         key = str(location[-1])
-        hint = _suggestion(key, known) or f"; known keys: {', '.join(known)}"
+        hint = suggestion(key, known) or f"; known keys: {', '.join(known)}"
         return f"{'.'.join([*path, key])}: unknown key{hint}"
     path, _ = _follow(schema, location)
     reason = details["msg"].removeprefix("Value error, ")
@@ -999,7 +1140,8 @@ def _child(node: dict[str, Any], part: int | str) -> dict[str, Any]:
     return dict(child)
 
 
-def _suggestion(key: str, known: Sequence[str]) -> str:
+def suggestion(key: str, known: Sequence[str]) -> str:
+    """Return a question after the known names closest to a key, if there are any."""
     matches = difflib.get_close_matches(key, known, n=2)
     return f"; did you mean {' or '.join(map(repr, matches))}?" if matches else ""
 

@@ -134,8 +134,10 @@ def distill_codebooks(
     def absolute(learnt: Parameters) -> dict[str, Any]:
         return fixed | {name: array * scales[name] for name, array in learnt.items()}
 
-    def loss(learnt: Parameters, _: jax.Array, x: jax.Array) -> jax.Array:
-        return distance(absolute(learnt), x)
+    def loss(
+        learnt: Parameters, _: jax.Array, x: jax.Array
+    ) -> tuple[jax.Array, Parameters]:
+        return distance(absolute(learnt), x), {}
 
     def stored(learnt: Parameters) -> dict[str, npt.NDArray[Any]]:
         tensors = {name: np.asarray(array) for name, array in absolute(learnt).items()}

@@ -18,14 +18,16 @@ import numpy as np
 import numpy.typing as npt
 import optax
 
+from qcnn_py import jax_activations
 from qcnn_py.config import DescentConfig, OptimizerConfig
 from qcnn_py.errors import ConfigError, QcnnError
-from qcnn_py.jax_graph import Parameters, forward_function
+from qcnn_py.jax_graph import Parameters, batch_moments, values_function
 from qcnn_py.network import FloatArray, Network
 
 __all__ = [
     "NOT_LEARNT",
     "Examples",
+    "LatentWeights",
     "build_optimizer",
     "build_schedule",
     "fit",
@@ -37,6 +39,9 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _VALIDATION_BATCH = 1000
+
+# Share of a batch in the running averages of batch normalisation.
+_NEW_SHARE = 0.1
 
 # Statistics of batch normalisation: not changed by gradients.
 NOT_LEARNT = (".mean", ".variance")
@@ -59,6 +64,54 @@ class Examples:
     labels: npt.NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class LatentWeights:
+    """Weights of a few levels, by those that learn in their place.
+
+    A small step may change a latent weight by less than what separates two levels; the
+    gradient passes through the rounding (Courbariaux et al., "BinaryConnect", 2015).
+
+    Attributes
+    ----------
+    bits : int
+        1: the sign. More: ``2**bits`` levels ``q * 2**(1 - bits)``, `q` from
+        ``-2**(bits - 1)`` to ``2**(bits - 1) - 1``, see
+        :func:`qcnn_py.activations.linear`. Latent weights stay in the range of the
+        levels.
+    """
+
+    bits: int
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Lowest and highest level."""
+        return (-1.0, 1.0 - 2.0 ** (1 - self.bits)) if self.bits > 1 else (-1.0, 1.0)
+
+    def used(self, parameters: Parameters) -> Parameters:
+        """Return parameters with the weights that the network computes with."""
+        low, high = self.limits
+        return self._changed(
+            parameters, lambda x: jax_activations.linear(x, self.bits, low, high)
+        )
+
+    def constrained(self, parameters: Parameters) -> Parameters:
+        """Return parameters with latent weights in the range of the levels."""
+        return self._changed(parameters, lambda x: jnp.clip(x, *self.limits))
+
+    @staticmethod
+    def _changed(
+        parameters: Parameters, change: Callable[[jax.Array], jax.Array]
+    ) -> Parameters:
+        return {
+            name: change(array) if name.endswith(".weight") else array
+            for name, array in parameters.items()
+        }
+
+
+def _unchanged(parameters: Parameters) -> Parameters:
+    return parameters
+
+
 def fit(
     network: Network,
     train: Examples,
@@ -67,12 +120,14 @@ def fit(
     seed: int,
     *,
     prepare: Callable[[npt.NDArray[Any]], FloatArray] | None = None,
+    latent: LatentWeights | None = None,
+    noise: bool = False,
+    normalize_batches: bool = False,
 ) -> tuple[Network, dict[str, Any]]:
     """Minimise the cross-entropy of a network's output over its parameters.
 
     Every epoch visits the training examples once in a new order, except for those
-    that do not fill a last batch. The mean and variance of batch normalisation stay
-    as they are.
+    that do not fill a last batch.
 
     Parameters
     ----------
@@ -87,12 +142,22 @@ def fit(
         Seed of the order of the examples and of dropout.
     prepare : callable, optional
         Makes network inputs of a batch of ``inputs``.
+    latent : LatentWeights, optional
+        How the weights that the network computes with come from those that learn; they
+        are the same by default.
+    noise : bool
+        Whether quantised activations get noise in training.
+    normalize_batches : bool
+        Whether batch normalisation uses the mean and variance of each batch in
+        training, and learns the running averages of both. By default they stay as they
+        are.
 
     Returns
     -------
     network : Network
         The same graph with new parameters: the last ones, or with early stopping
-        those of the epoch with the lowest validation loss.
+        those of the epoch with the lowest validation loss. Weights are those that the
+        network computes with.
     history : dict
         ``epochs``: per epoch its number, ``learning_rate`` at its end, mean
         ``train_loss`` and, with validation examples, ``validation_loss`` and
@@ -112,28 +177,44 @@ def fit(
             f"patience is {config.patience} without validation images, expected 0, or "
             "dataset.validation above 0"
         )
-    logits = forward_function(_with_dropout(without_softmax(network), config.dropout))
+    trained = _with_dropout(without_softmax(network), config.dropout)
+    compute = values_function(trained, noise=noise, normalize_batches=normalize_batches)
+    norms = [node for node in trained.nodes if node.op == "batch_norm"]
     parameters = {name: jnp.asarray(array) for name, array in network.tensors.items()}
-    fixed = {k: v for k, v in parameters.items() if k.endswith(NOT_LEARNT)}
+    fixed: Parameters = {}
+    if not normalize_batches:
+        fixed = {k: v for k, v in parameters.items() if k.endswith(NOT_LEARNT)}
     learnt = {k: v for k, v in parameters.items() if k not in fixed}
+    used = latent.used if latent else _unchanged
 
-    def losses(
-        learnt: Parameters, x: jax.Array, labels: jax.Array, key: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array]:
-        scores = logits({**fixed, **learnt}, x, key).reshape(len(x), -1)
-        each = optax.softmax_cross_entropy_with_integer_labels(scores, labels)
-        return each.mean(), (scores.argmax(axis=1) == labels).mean()
+    def values(
+        learnt: Parameters, x: jax.Array, key: jax.Array | None
+    ) -> dict[str, jax.Array]:
+        return compute(used({**fixed, **learnt}), x, key)
+
+    def losses(scores: jax.Array, labels: jax.Array) -> jax.Array:
+        flat = scores.reshape(len(labels), -1)
+        each: jax.Array = optax.softmax_cross_entropy_with_integer_labels(flat, labels)
+        return each
 
     def loss(
         learnt: Parameters, key: jax.Array, x: jax.Array, labels: jax.Array
-    ) -> jax.Array:
-        return losses(learnt, x, labels, key)[0]
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        found = values(learnt, x, key)
+        averages = {}
+        for norm in norms if normalize_batches else ():
+            for part, moment in batch_moments(found[norm.inputs[0]]).items():
+                name = f"{norm.name}.{part}"
+                averages[name] = learnt[name] + _NEW_SHARE * (moment - learnt[name])
+        return losses(found[trained.output], labels).mean(), averages
 
     @jax.jit
     def assess(
         learnt: Parameters, x: jax.Array, labels: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        return losses(learnt, x, labels, None)
+        scores = values(learnt, x, None)[trained.output].reshape(len(x), -1)
+        hits = scores.argmax(axis=1) == labels
+        return losses(scores, labels).mean(), hits.mean()
 
     def batch(examples: Examples, chosen: Any) -> tuple[Any, Any]:
         inputs = examples.inputs[chosen]
@@ -156,14 +237,15 @@ def fit(
         validate=validate,
         config=config,
         weight_decay=config.weight_decay,
+        constrain=latent.constrained if latent else _unchanged,
         seed=seed,
     )
-    tensors = {name: np.asarray(array) for name, array in best.items()}
+    tensors = {name: np.asarray(array) for name, array in used(best).items()}
     return network.replace(tensors=tensors), history
 
 
 def minimize(
-    loss: Callable[..., jax.Array],
+    loss: Callable[..., tuple[jax.Array, Parameters]],
     parameters: Parameters,
     *,
     n_examples: int,
@@ -171,6 +253,7 @@ def minimize(
     validate: Callable[[Parameters], dict[str, float]],
     config: DescentConfig,
     weight_decay: float = 0.0,
+    constrain: Callable[[Parameters], Parameters] = _unchanged,
     seed: int,
 ) -> tuple[Parameters, dict[str, Any]]:
     """Descend on a loss; every epoch visits the examples once in a new order.
@@ -180,7 +263,8 @@ def minimize(
     Parameters
     ----------
     loss : callable
-        ``loss(parameters, key, *arrays)``: scalar, differentiable; `key` is a new
+        ``loss(parameters, key, *arrays)``: a scalar, differentiable, and new values
+        of parameters that it does not depend on (running averages); `key` is a new
         random key for each step.
     parameters : mapping of str to array
         Where to start.
@@ -194,6 +278,8 @@ def minimize(
         Optimiser, schedule, early stopping.
     weight_decay : float
         Decoupled decay of the parameters called ``*.weight``.
+    constrain : callable
+        Brings parameters back to where they may be, after each step.
     seed : int
         Seed of the order, of `batch` and of the keys.
 
@@ -220,11 +306,12 @@ def minimize(
     def step(
         parameters: Parameters, state: Any, number: int, *arrays: Any
     ) -> tuple[Parameters, Any, jax.Array]:
-        value, gradient = jax.value_and_grad(loss)(
+        (value, averages), gradient = jax.value_and_grad(loss, has_aux=True)(
             parameters, jax.random.fold_in(key, number), *arrays
         )
         updates, state = optimizer.update(gradient, state, parameters)
-        return optax.apply_updates(parameters, updates), state, value
+        moved = {**optax.apply_updates(parameters, updates), **averages}
+        return constrain(moved), state, value
 
     rng = np.random.default_rng(seed)
     initial = validate(parameters)

@@ -12,7 +12,7 @@ from qcnn_py.config import NetworkConfig, TrainedNetworkConfig
 from qcnn_py.dataset_sources import SplitName
 from qcnn_py.datasets import Dataset
 from qcnn_py.errors import ConfigError
-from qcnn_py.fitting import Examples, fit
+from qcnn_py.fitting import Examples, LatentWeights, fit
 from qcnn_py.network import Network
 from qcnn_py.onnx_import import read_onnx
 
@@ -53,6 +53,8 @@ def train_network(
         kernel_size=config.kernel_size,
         pool_after=config.pool_after,
         dropout=config.dropout,
+        batch_norm=config.batch_norm,
+        activations=config.activations,
         seed=seed,
         metadata=dataset.metadata(),
     )
@@ -60,14 +62,21 @@ def train_network(
     def examples(split: SplitName) -> Examples:
         return Examples(dataset.splits[split].images, dataset.labels(split))
 
-    return fit(
+    latent = None
+    if config.weights != "float":
+        latent = LatentWeights(1 if config.weights == "binary" else config.weight_bits)
+    trained, history = fit(
         network,
         examples("train"),
         examples("validation"),
         config.training,
         seed,
         prepare=dataset.preprocessing.normalize,
+        latent=latent,
+        noise=config.activations.noise,
+        normalize_batches=config.batch_norm,
     )
+    return trained, history
 
 
 def read_network(path: str | PathLike[str]) -> Network:
