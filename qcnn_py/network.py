@@ -41,6 +41,7 @@ _FLOAT16_OVERFLOW = 65520.0
 _LEAST_SCALE = 2.0**-100
 
 CodeArray = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+SignArray = npt.NDArray[np.int8]
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,16 @@ class Node:
     @property
     def quantized(self) -> bool:
         """Whether the node's weights are product-quantised."""
+        return self._has_weights("product_quantized")
+
+    @property
+    def binary(self) -> bool:
+        """Whether the node's weights are 1 and -1."""
+        return self._has_weights("binary")
+
+    def _has_weights(self, kind: str) -> bool:
         weights = self.attributes.get("weights")
-        return weights is not None and weights["type"] == "product_quantized"
+        return weights is not None and weights["type"] == kind
 
     def with_attributes(self, **changes: Any) -> Node:
         """Return the node with some attributes replaced."""
@@ -126,7 +135,10 @@ class LayerInfo:
     Operations are counted as in the paper, per image: a dense layer's
     multiply-accumulates; a quantised layer's table building (multiplications
     with real input channels only, not with padding) plus one addition per
-    look-up. ``bytes`` is what the layer's parameters take in a ``.qcnn`` file.
+    look-up; a binary layer's additions, as many as a dense layer's
+    multiply-accumulates. ``bytes`` is what the layer's parameters take in a ``.qcnn``
+    file. ``quantized`` says whether the weights are product-quantised, ``binary``
+    whether they are 1 and -1.
     """
 
     name: str
@@ -136,6 +148,7 @@ class LayerInfo:
     groups: int
     kernel: tuple[int, int]
     quantized: bool
+    binary: bool
     n_subspaces: int | None
     n_centroids: int | None
     subvector_dim: int | None
@@ -237,7 +250,8 @@ class Network:
         Operations, operands before users.
     tensors : mapping of str to array
         ``<node>.weight``, ``<node>.bias``, ``<node>.codebooks``, … exactly
-        those that the nodes need. Floats are float32, codes unsigned.
+        those that the nodes need. Floats are float32, codes unsigned. Binary weights,
+        ``<node>.signs``, are int8, 1 and -1, of the shape of a dense weight.
     input_shape : tuple of int
         Shape of one image, (C, H, W) or (features,).
     output : str, optional
@@ -470,17 +484,19 @@ class Network:
             "groups": groups,
             "kernel": kernel,
             "quantized": node.quantized,
+            "binary": node.binary,
             "dense_bytes": dense_bytes,
             "dense_operations": dense_operations,
         }
         if not node.quantized:
+            binary_bytes = -(-weights // 8) + bias_bytes
             return LayerInfo(
                 **common,
                 n_subspaces=None,
                 n_centroids=None,
                 subvector_dim=None,
                 codebook_bits=None,
-                bytes=dense_bytes,
+                bytes=binary_bytes if node.binary else dense_bytes,
                 operations=dense_operations,
             )
         pq = node.attributes["weights"]
@@ -543,25 +559,41 @@ class Network:
             "codebook_groups": books.shape[0],
             "codebook_bits": weights.codebook_bits,
         }
-        parts = {"weight": None, "codebooks": codebooks, "codes": codes}
+        parts = {"codebooks": codebooks, "codes": codes}
         return self._with_weights(name, pq, parts, weights.bias)
 
     def with_dense_layer(
         self, name: str, weight: FloatArray, bias: FloatArray | None
     ) -> Network:
         """Return the network with dense float32 weights in layer `name`."""
-        parts = {"weight": weight, "codebooks": None, "codes": None}
-        return self._with_weights(name, {"type": "dense"}, parts, bias)
+        return self._with_weights(name, {"type": "dense"}, {"weight": weight}, bias)
+
+    def with_binary_layer(
+        self, name: str, signs: SignArray, bias: FloatArray | None
+    ) -> Network:
+        """Return the network with weights of 1 and -1 in layer `name`.
+
+        Parameters
+        ----------
+        name : str
+            The layer.
+        signs : ndarray of int8
+            1 and -1, of the shape of a dense weight.
+        bias : ndarray of float32, shape (C_out,), or None
+            Bias.
+        """
+        return self._with_weights(name, {"type": "binary"}, {"signs": signs}, bias)
 
     def _with_weights(
         self,
         name: str,
         weights: Mapping[str, Any],
-        parts: Mapping[str, npt.NDArray[Any] | None],
+        parts: Mapping[str, npt.NDArray[Any]],
         bias: FloatArray | None,
     ) -> Network:
         node = self.node(name).with_attributes(weights=weights, bias=bias is not None)
-        tensors = {f"{name}.{suffix}": array for suffix, array in parts.items()}
+        every = ("weight", "codebooks", "codes", "signs")
+        tensors = {f"{name}.{suffix}": parts.get(suffix) for suffix in every}
         tensors[f"{name}.bias"] = bias
         return self.replace(nodes={name: node}, tensors=tensors)
 
@@ -578,11 +610,29 @@ class Network:
         """Return the same network with every layer dense float32."""
         network = self
         for layer in self.layers:
-            if layer.quantized:
-                weights = self.quantized_weights(layer.name)
-                dense = weights.decode(layer.channels)
-                network = network.with_dense_layer(layer.name, dense, weights.bias)
+            if layer.quantized or layer.binary:
+                dense = self.dense_weight(layer.name)
+                bias = self.tensors.get(f"{layer.name}.bias")
+                network = network.with_dense_layer(layer.name, dense, bias)
         return network
+
+    def dense_weight(self, name: str) -> FloatArray:
+        """Return the weight of layer `name`, decoded where it is not stored dense.
+
+        Returns
+        -------
+        ndarray of float32
+            Shape (C_out, channels, kh, kw) or (C_out, channels).
+        """
+        node = self.node(name)
+        if node.quantized:
+            groups = node.attributes.get("groups", 1)
+            channels = self._shapes[node.inputs[0]][0] // groups
+            return self.quantized_weights(name).decode(channels)
+        if node.binary:
+            return np.asarray(self.tensors[f"{name}.signs"], np.float32)
+        weight: FloatArray = self.tensors[f"{name}.weight"]
+        return weight
 
     def truncated(self, output: str) -> Network:
         """Return the part of the network that computes the value `output`."""
@@ -651,6 +701,7 @@ class Network:
                 or layer is None
                 or layer.op not in ("conv", "fc")
                 or layer.quantized
+                or layer.binary
                 or users[layer.name] != [norm.name]
                 or layer.name == self.output
             ):
@@ -715,10 +766,10 @@ def _dump(value: Any) -> str:
 def _frozen(name: str, array: npt.ArrayLike) -> npt.NDArray[Any]:
     """Contiguous read-only view with a dtype the engine stores."""
     data = np.ascontiguousarray(array)
-    if data.dtype not in (np.float32, np.uint8, np.uint16):
+    if data.dtype not in (np.float32, np.uint8, np.uint16, np.int8):
         raise ShapeError(
             f"tensor {name!r} has dtype {data.dtype}, "
-            "expected float32 (parameters), uint8 or uint16 (codes)"
+            "expected float32 (parameters), uint8 or uint16 (codes) or int8 (signs)"
         )
     view = data.view()
     view.flags.writeable = False

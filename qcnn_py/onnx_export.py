@@ -1,8 +1,9 @@
 """Writing a network as ONNX.
 
-The weights of product-quantised layers are decoded to dense float32, or, in a compact
-file, rebuilt by standard operators from the codebooks and the packed codes of the
-``.qcnn`` format; tools that fold constants do so once, when they load the file.
+The weights of product-quantised and binary layers are decoded to dense float32, or,
+in a compact file, rebuilt by standard operators from the codebooks and the packed codes
+or signs of the ``.qcnn`` format; tools that fold constants do so once, when they load
+the file.
 
 Operators follow opset 19 of the ONNX standard (https://onnx.ai/onnx/operators/),
 the first that says what an average pooling window counts where it hangs over the
@@ -60,11 +61,12 @@ def to_onnx(
     Parameters
     ----------
     network : Network
-        What to write; product-quantised layers are decoded to dense float32.
+        What to write; layers that are not dense are decoded to float32.
     path : path
         The file, written under a temporary name that is then renamed.
     compact : bool
-        Store codebooks and packed codes instead, and the operators that decode them.
+        Store codebooks and packed codes or signs instead, and the operators that
+        decode them.
 
     Raises
     ------
@@ -157,12 +159,13 @@ def _translate(
     before: list[Any] = []
     match node.op:
         case "conv" | "fc":
-            if compact and node.quantized:
-                before, stored = _decoding(network, node)
-                constants += stored
-                inputs.append(f"{node.name}.weight")
+            if compact and (node.quantized or node.binary):
+                decode = _decode_signs if node.binary else _decode_codes
+                parts = _Parts(node.name)
+                inputs.append(decode(parts, network, node))
+                before, constants = parts.nodes, parts.constants
             else:
-                inputs.append(constant("weight", _dense_weight(network, node)))
+                inputs.append(constant("weight", network.dense_weight(node.name)))
             if attributes["bias"]:
                 inputs.append(tensor("bias"))
             if node.op == "fc":
@@ -199,6 +202,10 @@ def _translate(
         case "clip":
             inputs += [scalar(bound, attributes[bound]) for bound in ("low", "high")]
             made = helper.make_node("Clip", inputs, outputs, node.name)
+        case "quantize_linear" | "quantize_log2" | "sign":
+            parts = _Parts(node.name)
+            _QUANTIZERS[node.op](parts, inputs[0], attributes)
+            return parts.nodes, parts.constants
         case "silu":
             gate = f"{node.name}.gate"
             return [
@@ -278,17 +285,70 @@ def _window(attributes: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _dense_weight(network: Network, node: Node) -> npt.NDArray[np.float32]:
-    if not node.quantized:
-        weight: npt.NDArray[np.float32] = network.tensors[f"{node.name}.weight"]
-        return weight
-    channels = network.shapes[node.inputs[0]][0] // node.attributes.get("groups", 1)
-    return network.quantized_weights(node.name).decode(channels)
+class _Parts:
+    """Nodes and constants that stand for one node of the network, named after it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.nodes: list[Any] = []
+        self.constants: list[Any] = []
+
+    def constant(self, suffix: str, array: npt.NDArray[Any]) -> str:
+        """Add a constant and return its name."""
+        from onnx import numpy_helper
+
+        name = f"{self.name}.{suffix}"
+        self.constants.append(numpy_helper.from_array(array, name))
+        return name
+
+    def number(self, suffix: str, value: float | np.floating[Any]) -> str:
+        """Add a float32 number."""
+        return self.constant(suffix, np.array(value, dtype=np.float32))
+
+    def integers(self, suffix: str, *numbers: int) -> str:
+        """Add a list of integers."""
+        return self.constant(suffix, np.array(numbers, dtype=np.int64))
+
+    def append(self, op: str, suffix: str, *inputs: str, **attributes: Any) -> str:
+        """Add a node; without a suffix its value is that of the network's node."""
+        from onnx import helper
+
+        name = f"{self.name}.{suffix}" if suffix else self.name
+        self.nodes.append(helper.make_node(op, inputs, [name], name, **attributes))
+        return name
+
+    def bits(self, suffix: str, bits: npt.NDArray[np.uint8]) -> str:
+        """Add numbers of one bit, 0 or 1, stored eight a byte; the value is uint8."""
+        # Bit j of the stream is bit j mod 8 of byte j // 8, as in a .qcnn file.
+        packed = np.packbits(bits, bitorder="little")
+        places = self.constant("places", np.arange(8, dtype=np.uint8))
+        one = self.constant("one", np.array(1, dtype=np.uint8))
+        value = self.constant(suffix, packed.reshape(-1, 1))
+        value = self.append("BitShift", "shifted", value, places, direction="RIGHT")
+        value = self.append("BitwiseAnd", "bits", value, one)
+        value = self.append("Reshape", "stream", value, self.integers("all", -1))
+        if bits.size % 8:
+            ends = self.integers("end", bits.size)
+            value = self.append("Slice", "used", value, self.integers("start", 0), ends)
+        return value
 
 
-def _decoding(network: Network, node: Node) -> tuple[list[Any], list[Any]]:
-    """Nodes that rebuild a quantised layer's weight, and what they are made from."""
-    from onnx import TensorProto, helper, numpy_helper
+def _decode_signs(parts: _Parts, network: Network, node: Node) -> str:
+    """Nodes that rebuild a binary layer's weight."""
+    from onnx import TensorProto
+
+    signs = network.tensors[f"{node.name}.signs"]
+    value = parts.bits("signs", (signs > 0).astype(np.uint8).ravel())
+    value = parts.append("Cast", "digits", value, to=TensorProto.FLOAT)
+    value = parts.append("Mul", "doubled", value, parts.number("two", 2))
+    value = parts.append("Sub", "flat", value, parts.number("unit", 1))
+    shape = parts.integers("shape", *signs.shape)
+    return parts.append("Reshape", "weight", value, shape)
+
+
+def _decode_codes(parts: _Parts, network: Network, node: Node) -> str:
+    """Nodes that rebuild a product-quantised layer's weight."""
+    from onnx import TensorProto
 
     weights = network.quantized_weights(node.name)
     books, codes = weights.codebooks, weights.codes
@@ -296,49 +356,26 @@ def _decoding(network: Network, node: Node) -> tuple[list[Any], list[Any]]:
     n_subspaces, n_centroids, dsub = books.shape[-3:]
     channels = network.shapes[node.inputs[0]][0] // node.attributes.get("groups", 1)
     bits = max(1, (n_centroids - 1).bit_length())
-    nodes: list[Any] = []
-    constants: list[Any] = []
-
-    def constant(suffix: str, array: npt.NDArray[Any]) -> str:
-        name = f"{node.name}.{suffix}"
-        constants.append(numpy_helper.from_array(array, name))
-        return name
-
-    def integers(suffix: str, *numbers: int) -> str:
-        return constant(suffix, np.array(numbers, dtype=np.int64))
-
-    def append(op: str, suffix: str, *inputs: str, **attributes: Any) -> str:
-        name = f"{node.name}.{suffix}"
-        nodes.append(helper.make_node(op, inputs, [name], name, **attributes))
-        return name
-
+    append, integers = parts.append, parts.integers
     if bits == 8:
-        value = constant("codes", codes.astype(np.uint8).reshape(-1))
+        value = parts.constant("codes", codes.astype(np.uint8).reshape(-1))
     else:
-        # Bit j of the stream is bit j mod 8 of byte j // 8, as in a .qcnn file.
         stream = codes.reshape(-1, 1) >> np.arange(bits, dtype=codes.dtype) & 1
-        packed = np.packbits(stream.astype(np.uint8).ravel(), bitorder="little")
-        places = constant("places", np.arange(8, dtype=np.uint8))
-        one = constant("one", np.array(1, dtype=np.uint8))
+        value = parts.bits("codes", stream.astype(np.uint8).ravel())
         powers = np.exp2(np.arange(bits), dtype=np.float32).reshape(bits, 1)
-        value = constant("codes", packed.reshape(-1, 1))
-        value = append("BitShift", "shifted", value, places, direction="RIGHT")
-        value = append("BitwiseAnd", "bits", value, one)
-        value = append("Reshape", "stream", value, integers("all", -1))
-        if stream.size % 8:
-            ends = integers("end", stream.size)
-            value = append("Slice", "used", value, integers("start", 0), ends)
         value = append("Reshape", "rows", value, integers("row", -1, bits))
         value = append("Cast", "digits", value, to=TensorProto.FLOAT)
-        value = append("MatMul", "numbers", value, constant("powers", powers))
+        powers_of_two = parts.constant("powers", powers)
+        value = append("MatMul", "numbers", value, powers_of_two)
     value = append("Cast", "indices", value, to=TensorProto.INT32)
     value = append(
         "Reshape", "table", value, integers("table_shape", sets, -1, n_subspaces)
     )
     # Rows of all codebooks below each other.
     first = n_centroids * np.arange(sets * n_subspaces).reshape(sets, 1, n_subspaces)
-    value = append("Add", "placed", value, constant("first", first.astype(np.int32)))
-    rows = constant("codebooks", books.reshape(-1, dsub))
+    places = parts.constant("first", first.astype(np.int32))
+    value = append("Add", "placed", value, places)
+    rows = parts.constant("codebooks", books.reshape(-1, dsub))
     value = append("Gather", "vectors", rows, value, axis=0)
     shape = (*codes.shape[:-1], n_subspaces * dsub)
     last = "weight" if codes.ndim == 2 else "channels_last"
@@ -353,5 +390,57 @@ def _decoding(network: Network, node: Node) -> tuple[list[Any], list[Any]]:
         cut = [integers(k, n) for k, n in {"from": 0, "to": channels, "of": -1}.items()]
         value = append("Slice", last, value, *cut)
     if codes.ndim == 4:
-        append("Transpose", "weight", value, perm=[0, 3, 1, 2])
-    return nodes, constants
+        value = append("Transpose", "weight", value, perm=[0, 3, 1, 2])
+    return value
+
+
+def _quantize_linear(parts: _Parts, x: str, attributes: Mapping[str, Any]) -> None:
+    low, high = (np.float32(attributes[bound]) for bound in ("low", "high"))
+    step = parts.number("step", (high - low) / np.float32(2 ** attributes["bits"] - 1))
+    value = parts.append("Div", "steps", x, step)
+    value = parts.append("Round", "rounded", value)
+    value = parts.append("Mul", "level", value, step)
+    bounds = parts.number("low", low), parts.number("high", high)
+    parts.append("Clip", "", value, *bounds)
+
+
+def _quantize_log2(parts: _Parts, x: str, attributes: Mapping[str, Any]) -> None:
+    """Count the thresholds that a magnitude reaches: exact, without logarithms."""
+    from onnx import TensorProto
+
+    n_powers = 2 ** (attributes["bits"] - 1) - 1
+    powers = np.ldexp(
+        np.float32(attributes["high"]), np.arange(1 - n_powers, 1)
+    ).astype(np.float32)
+    levels = parts.constant("levels", np.append(np.float32(0), powers))
+    # Halves of subnormal powers would be rounded before the product.
+    thresholds = (powers.astype(np.float64) / 2 * np.sqrt(np.float32(2))).astype(
+        np.float32
+    )
+    value = parts.append("Abs", "magnitude", x)
+    last = parts.integers("last", -1)
+    value = parts.append("Unsqueeze", "column", value, last)
+    limits = parts.constant("thresholds", thresholds)
+    value = parts.append("GreaterOrEqual", "reached", value, limits)
+    value = parts.append("Cast", "ones", value, to=TensorProto.INT32)
+    value = parts.append("ReduceSum", "index", value, last, keepdims=0)
+    value = parts.append("Gather", "power", levels, value)
+    value = parts.append("Mul", "level", value, parts.append("Sign", "sign", x))
+    _keep_nan(parts, x, value)
+
+
+def _sign(parts: _Parts, x: str, attributes: Mapping[str, Any]) -> None:
+    value = parts.append("GreaterOrEqual", "positive", x, parts.number("zero", 0))
+    signs = parts.number("plus", 1), parts.number("minus", -1)
+    _keep_nan(parts, x, parts.append("Where", "sign", value, *signs))
+
+
+def _keep_nan(parts: _Parts, x: str, value: str) -> None:
+    parts.append("Where", "", parts.append("IsNaN", "nan", x), x, value)
+
+
+_QUANTIZERS = {
+    "quantize_linear": _quantize_linear,
+    "quantize_log2": _quantize_log2,
+    "sign": _sign,
+}

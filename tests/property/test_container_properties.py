@@ -15,7 +15,7 @@ from graph_strategies import networks
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from random_networks import NetworkBuilder, Quantized
+from random_networks import Binary, NetworkBuilder, Quantized
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -55,7 +55,11 @@ def sample() -> bytes:
     b = NetworkBuilder((6, 5, 5))
     b.conv(4, 3, groups=2, name="conv", quantized=Quantized(5, 2, True, 8))
     b.batch_norm()
+    b.add("quantize_linear", bits=3, low=-1.0, high=1.0)
     b.pool("max_pool", 2)
+    b.add("sign", name="signs")
+    b.conv(3, 3, name="binary", padding=1, bias=False, quantized=Binary())
+    b.add("quantize_log2", bits=3, high=2.0)
     b.fc(3, name="fc1", quantized=Quantized(300, 4, codebook_bits=16))
     b.fc(2, name="fc2")
     b.add("softmax", name="prob")
@@ -95,7 +99,7 @@ def file_of(entry: dict[str, Any], tensors: dict[str, np.ndarray]) -> bytes:
 # Round trips
 
 
-@given(networks())
+@given(networks(quantizers=True))
 def test_round_trip(builder: NetworkBuilder) -> None:
     metadata = {"class_names": ["ä", "b\n"], "nested": {"x": [1, 2.5, None, True]}}
     network = builder.build(metadata=metadata)
@@ -117,7 +121,7 @@ def test_layer_bytes_are_those_of_the_file(builder: NetworkBuilder) -> None:
     network = builder.build()
     _, stored = contents_of(save(network))
     for layer in network.layers:
-        parts = ("weight", "bias", "codebooks", "codebook_scales", "codes")
+        parts = ("weight", "bias", "codebooks", "codebook_scales", "codes", "signs")
         size = sum(
             stored[f"{layer.name}.{p}"].nbytes
             for p in parts
@@ -156,6 +160,39 @@ def test_codes_can_be_unpacked_with_numpy(k: int, dsub: int, groups: int) -> Non
     weight = network.decoded().tensors["conv.weight"]
     for o, c, y, x in np.ndindex(weight.shape):
         assert weight[o, c, y, x] == books[o // 2, codes[o, y, x, c // dsub], c]
+
+
+@given(st.integers(1, 9), st.integers(1, 5), st.integers(1, 3))
+def test_signs_can_be_unpacked_with_numpy(outputs: int, channels: int, k: int) -> None:
+    builder = NetworkBuilder((channels, 3, 3))
+    builder.conv(outputs, k, name="conv", quantized=Binary())
+    network = builder.build()
+    signs = network.tensors["conv.signs"]
+    _, stored = contents_of(save(network))
+    bits = np.unpackbits(stored["conv.signs"], bitorder="little")
+    assert len(stored["conv.signs"]) == -(-signs.size // 8)
+    assert not bits[signs.size :].any()
+    unpacked = bits[: signs.size].reshape(signs.shape)
+    np.testing.assert_array_equal(2 * unpacked.astype(np.int8) - 1, signs)
+    weight = network.decoded().tensors["conv.weight"]
+    np.testing.assert_array_equal(weight, signs)
+    assert weight.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        (np.zeros(3, np.uint8), r"U8 of shape \[3\], expected U8 of shape \[2\]"),
+        (np.zeros(2, np.int8), r"I8 of shape \[2\], expected U8 of shape \[2\]"),
+        (np.uint8([0, 2]), "unused bits of the last byte are not zero"),
+    ],
+)
+def test_signs_that_are_none(stored: np.ndarray, message: str) -> None:
+    builder = NetworkBuilder((1, 3, 3))
+    builder.conv(1, 3, name="conv", bias=False, quantized=Binary())
+    entry, tensors = contents_of(save(builder.build()))
+    with pytest.raises(ModelFormatError, match=message):
+        load(file_of(entry, tensors | {"conv.signs": stored}))
 
 
 def test_reading_example_of_the_format_description(

@@ -1,10 +1,10 @@
 """Random graphs: the engine against the oracle."""
 
 import numpy as np
-from graph_strategies import agree, networks
+from graph_strategies import QUANTIZERS, agree, networks
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy_executor import execute
+from numpy_executor import execute, respond
 from random_networks import NetworkBuilder
 
 import qcnn_py
@@ -22,7 +22,27 @@ def test_engine_agrees_with_oracle(builder: NetworkBuilder, n: int, isa: str) ->
     assert not wrong
 
 
-@given(networks(), st.integers(0, 9), st.integers(2, 4), st.sampled_from(ISAS))
+@given(networks(quantizers=True), st.integers(1, 4), st.sampled_from(ISAS))
+def test_each_node_agrees_with_oracle(
+    builder: NetworkBuilder, n: int, isa: str
+) -> None:
+    network, images = builder.build(), builder.images(n)
+    traced = network.compile(precision="exact", isa=isa).trace(images)
+    values = {"input": images} | traced
+    expected = {node.name: respond(network, node, values) for node in network.nodes}
+    quantizers = [node.name for node in network.nodes if node.op in QUANTIZERS]
+    for name in quantizers:
+        np.testing.assert_array_equal(traced[name], expected[name])
+    wrong = [k for k, v in traced.items() if not agree(v, expected[k], 1e-5)]
+    assert not wrong
+
+
+@given(
+    networks(quantizers=True),
+    st.integers(0, 9),
+    st.integers(2, 4),
+    st.sampled_from(ISAS),
+)
 def test_trace_threads_and_batches_give_the_same_bits(
     builder: NetworkBuilder, n: int, threads: int, isa: str
 ) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
-from random_networks import NetworkBuilder, Quantized
+from random_networks import Binary, NetworkBuilder, Quantized
 
 UNARY: dict[str, dict[str, Any]] = {
     "relu": {},
@@ -21,14 +21,25 @@ UNARY: dict[str, dict[str, Any]] = {
     "dropout": {"rate": 0.25},
 }
 
+# A response next to a threshold may fall on either side of it, whoever computes it:
+# such networks are compared node by node, or with themselves.
+QUANTIZERS: dict[str, dict[str, Any]] = {
+    "quantize_linear": {"bits": 3, "low": -1.0, "high": 1.5},
+    "quantize_log2": {"bits": 4, "high": 2.0},
+    "sign": {},
+}
+
 small = st.integers(1, 3)
 
 
 @st.composite
-def quantizations(draw: st.DrawFn) -> Quantized | None:
-    """Draw how a layer is stored: dense, or a setting of its codes."""
-    if draw(st.booleans()):
-        return None
+def quantizations(draw: st.DrawFn) -> Quantized | Binary | None:
+    """Draw how a layer is stored: dense, binary, or a setting of its codes."""
+    match draw(st.sampled_from(["dense", "binary", "codes", "codes"])):
+        case "dense":
+            return None
+        case "binary":
+            return Binary()
     return Quantized(
         n_centroids=draw(st.sampled_from([1, 2, 3, 16, 31, 64, 256, 257])),
         # Long sub-vectors too: without them the engine would decode, not look up.
@@ -53,20 +64,29 @@ def _fits(shape: tuple[int, ...], padding: list[int], span: tuple[int, int]) -> 
 
 @st.composite
 def networks(
-    draw: st.DrawFn, max_nodes: int = 5, max_extent: int = 12
+    draw: st.DrawFn,
+    max_nodes: int = 5,
+    max_extent: int = 12,
+    quantizers: bool = False,
 ) -> NetworkBuilder:
     """Draw a builder filled with up to `max_nodes` operations."""
+    unary = UNARY | QUANTIZERS if quantizers else UNARY
     extents = st.integers(1, max_extent)
     shape = (draw(st.integers(1, 24)), draw(extents), draw(extents))
     builder = NetworkBuilder(shape, seed=draw(st.integers(0, 2**32 - 1)))
     values = ["input"]
     for _ in range(draw(st.integers(1, max_nodes))):
-        _append(draw, builder, draw(st.sampled_from(values)))
+        _append(draw, builder, draw(st.sampled_from(values)), unary)
         values = ["input", *(node.name for node in builder.nodes)]
     return builder
 
 
-def _append(draw: st.DrawFn, builder: NetworkBuilder, source: str) -> None:
+def _append(
+    draw: st.DrawFn,
+    builder: NetworkBuilder,
+    source: str,
+    unary: dict[str, dict[str, Any]],
+) -> None:
     """Append one operation that `source` allows, with drawn attributes."""
     shape = builder.shape(source)
     kinds = ["fc", "unary", "batch_norm", "combine", "concat", "reshape"]
@@ -82,8 +102,8 @@ def _append(draw: st.DrawFn, builder: NetworkBuilder, source: str) -> None:
                 quantized=draw(quantizations()),
             )
         case "unary":
-            op = draw(st.sampled_from(sorted(UNARY)))
-            builder.add(op, source, **UNARY[op])
+            op = draw(st.sampled_from(sorted(unary)))
+            builder.add(op, source, **unary[op])
         case "batch_norm":
             builder.batch_norm(source)
         case "combine":

@@ -24,18 +24,23 @@ Parameters = Mapping[str, Array]
 def execute(network: Any, x: Array) -> dict[str, Array]:
     """Every value of the network for the batch ``x``, in float64, by name."""
     values = {network.input_name: np.asarray(x, dtype=np.float64)}
+    for node in network.nodes:
+        values[node.name] = respond(network, node, values)
+    return values
+
+
+def respond(network: Any, node: Any, values: Mapping[str, Array]) -> Array:
+    """Response of one node to the values before it."""
+    prefix = f"{node.name}."
+    parameters = {
+        key.removeprefix(prefix): tensor
+        for key, tensor in network.tensors.items()
+        if key.startswith(prefix)
+    }
+    inputs = [np.asarray(values[name], dtype=np.float64) for name in node.inputs]
     # Infinities and NaN are legitimate inputs here; what becomes of them is tested.
     with np.errstate(all="ignore"):
-        for node in network.nodes:
-            prefix = f"{node.name}."
-            parameters = {
-                key.removeprefix(prefix): tensor
-                for key, tensor in network.tensors.items()
-                if key.startswith(prefix)
-            }
-            inputs = [values[name] for name in node.inputs]
-            values[node.name] = OPERATIONS[node.op](inputs, node.attributes, parameters)
-    return values
+        return OPERATIONS[node.op](inputs, node.attributes, parameters)
 
 
 def decode_conv(codebooks: Array, codes: Array, channels: int) -> Array:
@@ -63,6 +68,17 @@ def decode_fc(codebooks: Array, codes: Array, features: int) -> Array:
     return decode_conv(codebooks, codes[:, None, None, :], features)[:, :, 0, 0]
 
 
+def _weight(a: Attributes, p: Parameters, channels: int) -> Array:
+    """Weight of a convolution or fully connected layer, whatever its form."""
+    match a["weights"]["type"]:
+        case "dense":
+            return p["weight"].astype(np.float64)
+        case "binary":
+            return p["signs"].astype(np.float64)
+    decode = decode_conv if "kernel" in a else decode_fc
+    return decode(p["codebooks"], p["codes"], channels)
+
+
 def _conv(inputs: list[Array], a: Attributes, p: Parameters) -> Array:
     (x,) = inputs
     n, channels, height, width = x.shape
@@ -73,10 +89,7 @@ def _conv(inputs: list[Array], a: Attributes, p: Parameters) -> Array:
     groups = a["groups"]
     group_in = channels // groups
     group_out = a["out_channels"] // groups
-    if a["weights"]["type"] == "dense":
-        weight = p["weight"].astype(np.float64)
-    else:
-        weight = decode_conv(p["codebooks"], p["codes"], group_in)
+    weight = _weight(a, p, group_in)
     out_h = (height + top + bottom - dilation_h * (kernel_h - 1) - 1) // stride_h + 1
     out_w = (width + left + right - dilation_w * (kernel_w - 1) - 1) // stride_w + 1
     padded = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)))
@@ -103,10 +116,7 @@ def _conv(inputs: list[Array], a: Attributes, p: Parameters) -> Array:
 
 def _fc(inputs: list[Array], a: Attributes, p: Parameters) -> Array:
     (x,) = inputs
-    if a["weights"]["type"] == "dense":
-        weight = p["weight"].astype(np.float64)
-    else:
-        weight = decode_fc(p["codebooks"], p["codes"], x.shape[1])
+    weight = _weight(a, p, x.shape[1])
     out = x @ weight.T
     if a["bias"]:
         out = out + p["bias"].astype(np.float64)
@@ -201,6 +211,30 @@ def _unary(function: Callable[[Array, Attributes], Array]) -> Callable[..., Arra
     return operation
 
 
+def _quantize_linear(x: Array, a: Attributes) -> Array:
+    """In float32, as the format says: where levels change must not depend on more."""
+    x = x.astype(np.float32)
+    low, high = np.float32(a["low"]), np.float32(a["high"])
+    step = (high - low) / np.float32(2 ** a["bits"] - 1)
+    return np.clip(np.rint(x / step) * step, low, high) + np.float32(0)
+
+
+def _quantize_log2(x: Array, a: Attributes) -> Array:
+    """Search the level in the list of all."""
+    n_powers = 2 ** (a["bits"] - 1) - 1
+    # Attributes are float32 numbers, shortest in decimal.
+    powers = np.float64(np.float32(a["high"])) * 2.0 ** np.arange(1 - n_powers, 1)
+    thresholds = (powers / 2 * np.float64(np.sqrt(np.float32(2)))).astype(np.float32)
+    levels = np.concatenate([[0.0], powers])
+    x = x.astype(np.float32)
+    level = levels[np.searchsorted(thresholds, np.abs(x), side="right")]
+    return np.where(np.isnan(x), x, np.where(x < 0, -level, level) + 0.0)
+
+
+def _sign(x: Array, a: Attributes) -> Array:
+    return np.where(np.isnan(x), x, np.where(x >= 0, 1.0, -1.0))
+
+
 def _batch_norm(inputs: list[Array], a: Attributes, p: Parameters) -> Array:
     (x,) = inputs
     shape = (-1,) + (1,) * (x.ndim - 2)
@@ -274,6 +308,9 @@ OPERATIONS: dict[str, Callable[[list[Array], Attributes, Parameters], Array]] = 
     "hard_sigmoid": _unary(lambda x, a: np.clip(a["alpha"] * x + a["beta"], 0, 1)),
     "hard_swish": _unary(lambda x, a: x * np.clip(x / 6 + 0.5, 0, 1)),
     "silu": _unary(lambda x, a: x * _sigmoid(x)),
+    "quantize_linear": _unary(_quantize_linear),
+    "quantize_log2": _unary(_quantize_log2),
+    "sign": _unary(_sign),
     "add": _add,
     "mul": _mul,
     "concat": _concat,

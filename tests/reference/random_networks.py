@@ -25,6 +25,11 @@ class Quantized:
     codebook_bits: int = 32
 
 
+@dataclass(frozen=True)
+class Binary:
+    """A layer's random weights are 1 and -1."""
+
+
 def pair(size: Size) -> list[int]:
     """``[height, width]`` of one number or two."""
     return [size, size] if isinstance(size, int) else list(size)
@@ -33,8 +38,8 @@ def pair(size: Size) -> list[int]:
 class NetworkBuilder:
     """Builds a network node by node; a node takes the one before it by default.
 
-    Every method that adds a node returns its name. Weights are scaled so that
-    responses stay near one.
+    Every method that adds a node returns its name. Weights, unless binary, are scaled
+    so that responses stay near one.
     """
 
     def __init__(self, input_shape: Sequence[int], seed: int = 0) -> None:
@@ -57,6 +62,10 @@ class NetworkBuilder:
     def normal(self, *shape: int, scale: float = 1.0) -> np.ndarray:
         """Normally distributed float32 numbers."""
         return (scale * self.rng.standard_normal(shape)).astype(np.float32)
+
+    def signs(self, *shape: int) -> np.ndarray:
+        """Draw 1 and -1, as int8."""
+        return self.rng.choice(np.int8([-1, 1]), shape)
 
     def add(
         self,
@@ -87,7 +96,7 @@ class NetworkBuilder:
         dilation: Size = 1,
         groups: int = 1,
         bias: bool = True,
-        quantized: Quantized | None = None,
+        quantized: Quantized | Binary | None = None,
         name: str | None = None,
     ) -> str:
         """Append a convolution; ``padding`` is one number or [t, l, b, r]."""
@@ -116,7 +125,7 @@ class NetworkBuilder:
         out_features: int,
         *inputs: str,
         bias: bool = True,
-        quantized: Quantized | None = None,
+        quantized: Quantized | Binary | None = None,
         name: str | None = None,
     ) -> str:
         """Append a fully connected layer, after a flatten node where needed."""
@@ -177,13 +186,16 @@ class NetworkBuilder:
         taps: list[int],
         groups: int,
         bias: bool,
-        quantized: Quantized | None,
+        quantized: Quantized | Binary | None,
     ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         scale = 1 / math.sqrt(channels * math.prod(taps))
         tensors = {"bias": self.normal(outputs, scale=0.1)} if bias else {}
         if quantized is None:
             tensors["weight"] = self.normal(outputs, channels, *taps, scale=scale)
             return {"type": "dense"}, tensors
+        if isinstance(quantized, Binary):
+            tensors["signs"] = self.signs(outputs, channels, *taps)
+            return {"type": "binary"}, tensors
         k, dsub = quantized.n_centroids, quantized.subvector_dim
         m = -(-channels // dsub)
         sets = groups if quantized.per_group else 1

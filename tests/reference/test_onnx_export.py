@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 from numpy_executor import execute
-from random_networks import NetworkBuilder, Quantized, relative_error
+from random_networks import Binary, NetworkBuilder, Quantized, relative_error
 from test_quantized_layers import mixed_network
 
 from qcnn_py import ModelFormatError, Network, Node
@@ -44,6 +44,19 @@ def test_compact_weights_are_those_of_the_codes(
     # Nothing is stored dense.
     stored = onnx.load(tmp_path / "network.onnx").graph.initializer
     assert not any(tensor.name.endswith(".weight") for tensor in stored)
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_binary_weights(compact: bool, tmp_path: Path) -> None:
+    builder = NetworkBuilder((3, 7, 7))
+    builder.conv(5, 3, quantized=Binary())
+    builder.fc(16, bias=False, quantized=Binary())
+    network, images = builder.build(), builder.images(2)
+    network.to_onnx(tmp_path / "network.onnx", compact=compact)
+    (output,) = onnx_runtime(tmp_path / "network.onnx").run(None, {"input": images})
+    assert relative_error(output, execute(network, images)[network.output]) < 1e-5
+    stored = onnx.load(tmp_path / "network.onnx").graph.initializer
+    assert any(tensor.name.endswith(".weight") for tensor in stored) is not compact
 
 
 def test_compact_file_is_small(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from numpy_executor import execute
-from random_networks import NetworkBuilder, relative_error
+from random_networks import Binary, NetworkBuilder, relative_error
 
 from qcnn_py import Network
 
@@ -43,6 +43,11 @@ CONVOLUTIONS: dict[str, Case] = {
     "groups-3-stride": ((9, 8, 8), lambda b: b.conv(6, 3, groups=3, stride=2)),
     "depthwise": ((5, 7, 7), lambda b: b.conv(5, 3, groups=5, padding=1)),
     "depthwise-multiplier": ((3, 7, 7), lambda b: b.conv(6, 3, groups=3)),
+    "binary": ((5, 7, 6), lambda b: b.conv(9, 3, padding=1, quantized=Binary())),
+    "binary-groups-stride": (
+        (6, 8, 9),
+        lambda b: b.conv(4, 3, groups=2, stride=2, quantized=Binary()),
+    ),
     "many-channels": ((70, 5, 5), lambda b: b.conv(67, 3, padding=1)),
 }
 
@@ -52,6 +57,7 @@ FULLY_CONNECTED: dict[str, Case] = {
     "100-to-17": ((100,), lambda b: b.fc(17)),
     "1023-to-3": ((1023,), lambda b: b.fc(3, bias=False)),
     "image": ((3, 4, 5), lambda b: b.fc(8)),
+    "binary": ((67,), lambda b: b.fc(5, quantized=Binary())),
 }
 
 MAX_POOLS: dict[str, Case] = {
@@ -159,6 +165,12 @@ OTHERS: dict[str, Case] = {
     "hard_sigmoid": ((3, 4, 5), lambda b: b.add("hard_sigmoid", alpha=0.2, beta=0.5)),
     "hard_swish": ((3, 4, 5), lambda b: b.add("hard_swish")),
     "silu": ((3, 4, 5), lambda b: b.add("silu")),
+    "quantize_linear": (
+        (3, 4, 5),
+        lambda b: b.add("quantize_linear", bits=3, low=-1.0, high=1.5),
+    ),
+    "quantize_log2": ((3, 4, 5), lambda b: b.add("quantize_log2", bits=4, high=2.0)),
+    "sign": ((3, 4, 5), lambda b: b.add("sign")),
     "add": _branches("add"),
     "add-itself": ((3, 4, 5), lambda b: b.add("add", "input", "input")),
     "mul": _branches("mul"),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy_executor import execute
-from random_networks import NetworkBuilder, Quantized, relative_error
+from random_networks import Binary, NetworkBuilder, Quantized, relative_error
 
 from qcnn_py.errors import ConfigError
 from qcnn_py.jax_graph import Parameters, decoding_function, values_function
@@ -77,6 +77,17 @@ def test_branches_and_normalisations() -> None:
     builder.fc(3, bias=False)
     builder.add("softmax")
     check(builder)
+
+
+def test_binary_weights_are_refused() -> None:
+    builder = NetworkBuilder((4,))
+    builder.fc(2, name="fc", quantized=Binary())
+    network, images = builder.build(), builder.images(3)
+    with pytest.raises(ConfigError, match=r"'fc' is binary, .* \(Network.decoded"):
+        forward_function(network)
+    decoded = network.decoded()
+    output = forward_function(decoded)(dict(decoded.tensors), images, None)
+    assert relative_error(output, execute(network, images)["fc"]) < 1e-5
 
 
 @pytest.mark.parametrize("groups", [1, 2, 8, 16])

@@ -112,6 +112,54 @@ def test_decoded() -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
+def test_binary_layer_replaces_dense_and_back(bias: bool) -> None:
+    network = residual().build()
+    signs = np.random.default_rng(0).choice(np.int8([-1, 1]), (6, 6, 1, 1))
+    binary = network.with_binary_layer("conv2", signs, np.ones(6, np.float32))
+    if not bias:
+        binary = network.with_binary_layer("conv2", signs, None)
+    assert binary.node("conv2").binary
+    assert not binary.node("conv2").quantized
+    assert "conv2.weight" not in binary.tensors
+    info = next(layer for layer in binary.layers if layer.name == "conv2")
+    assert (info.binary, info.quantized, info.n_centroids) == (True, False, None)
+    # 36 weights of a bit.
+    assert info.bytes == 5 + 4 * 6 * bias
+    assert info.operations == info.dense_operations
+    decoded = binary.decoded()
+    np.testing.assert_array_equal(decoded.tensors["conv2.weight"], signs)
+    assert "conv2.signs" not in decoded.tensors
+    assert ("conv2.bias" in decoded.tensors) is bias
+    images = residual().images(2)
+    expected = execute(binary, images)["prob"]
+    assert relative_error(decoded.compile("exact")(images), expected) < 1e-5
+    assert relative_error(binary.compile("exact")(images), expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("signs", "message"),
+    [
+        (np.zeros((6, 6, 1, 1), np.int8), "is 0 at element 0, expected 1 or -1"),
+        (np.ones((6, 6, 1, 1), np.uint8), "holds codes, expected signs"),
+        (np.ones((6, 6, 1, 1), np.float32), "holds float32, expected signs"),
+        (np.ones((6, 6), np.int8), r"shape \[6, 6\], expected \[6, 6, 1, 1\]"),
+        (np.ones((6, 6, 1, 1)), "dtype float64, expected float32"),
+    ],
+)
+def test_bad_signs_are_refused(signs: Any, message: str) -> None:
+    with pytest.raises((ModelFormatError, ShapeError), match=message):
+        residual().build().with_binary_layer("conv2", signs, None)
+
+
+def test_signs_are_no_codes() -> None:
+    network = residual().build()
+    codes = network.tensors["conv1.codes"]
+    signs = np.ones(codes.shape, np.int8)
+    with pytest.raises(ModelFormatError, match="holds signs, expected codes"):
+        network.replace(tensors={"conv1.codes": signs})
+
+
+@pytest.mark.parametrize("bias", [True, False])
 def test_quantized_layer_replaces_dense_and_back(bias: bool) -> None:
     network = residual().build()
     rng = np.random.default_rng(0)

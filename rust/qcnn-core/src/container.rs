@@ -5,7 +5,8 @@
 //! in random order and the same network has to give the same bytes.
 //!
 //! Tensors are stored under their own names, float32 as `F32`, with two
-//! exceptions. `<node>.codes` is `U8`, the bit stream of [`crate::pack`].
+//! exceptions. `<node>.codes` and `<node>.signs` are `U8`, the bit stream of
+//! [`crate::pack`].
 //! `<node>.codebooks` is stored without the padding of the last subspace as
 //! `(K, channels)` or `(groups, K, channels)`: row `k` holds codeword `k` of
 //! every subspace side by side, so that channel `c` of a sub-vector with code
@@ -26,7 +27,7 @@ use crate::error::{Error, Result, bail_format};
 use crate::graph::{
     CodebookBits, Content, Graph, Layout, Network, PqGeometry, Tensor, TensorData, Tensors,
 };
-use crate::pack::{SharedBytes, pack, packed_len};
+use crate::pack::{SharedBytes, pack, pack_signs, packed_len};
 
 /// Version of the format this crate reads and writes.
 pub const FORMAT_VERSION: u32 = 1;
@@ -146,7 +147,7 @@ fn from_buffer(buffer: &Arc<Vec<u8>>) -> Result<Network> {
         };
         let data = match spec.content {
             Content::Floats => TensorData::F32(floats(bytes)),
-            Content::Codes(_) => TensorData::PackedCodes(bytes.clone()),
+            Content::Codes(_) | Content::Signs => TensorData::Packed(bytes.clone()),
             Content::Codebooks { pq, channels } => {
                 let name = scales_name(name);
                 let scales = match (expected.get(&name), found.get(name.as_str())) {
@@ -201,6 +202,7 @@ enum Encoding {
     Codes {
         bits: u32,
     },
+    Signs,
     Codebooks {
         pq: PqGeometry,
         channels: usize,
@@ -249,6 +251,10 @@ impl StoredTensor {
                     let encoding = Encoding::Codes { bits };
                     add(name.clone(), name, Dtype::U8, shape, encoding);
                 }
+                Content::Signs => {
+                    let shape = vec![packed_len(spec.shape.iter().product(), 1)];
+                    add(name.clone(), name, Dtype::U8, shape, Encoding::Signs);
+                }
                 Content::Codebooks { pq, channels } => {
                     let per_set = |shape: &[usize]| {
                         let sets = (pq.codebook_groups > 1).then_some(pq.codebook_groups);
@@ -276,8 +282,9 @@ impl StoredTensor {
     fn encode<'a>(&self, data: &'a TensorData) -> Cow<'a, [u8]> {
         let bytes = |floats: &[f32]| floats.iter().flat_map(|v| v.to_le_bytes()).collect();
         match (&self.encoding, data) {
-            (_, TensorData::PackedCodes(packed)) => Cow::Borrowed(packed),
+            (_, TensorData::Packed(packed)) => Cow::Borrowed(packed),
             (&Encoding::Codes { bits }, TensorData::Codes(codes)) => Cow::Owned(pack(codes, bits)),
+            (&Encoding::Signs, TensorData::Signs(signs)) => Cow::Owned(pack_signs(signs)),
             (&Encoding::Codebooks { pq, channels }, TensorData::F32(books)) => {
                 Cow::Owned(codebooks::encode(pq, channels, books))
             }
@@ -285,7 +292,9 @@ impl StoredTensor {
                 Cow::Owned(bytes(&codebooks::scales(pq, channels, books)))
             }
             (_, TensorData::F32(floats)) => Cow::Owned(bytes(floats)),
-            (_, TensorData::Codes(_)) => unreachable!("a network's codes have a code spec"),
+            (_, TensorData::Codes(_) | TensorData::Signs(_)) => {
+                unreachable!("Network::new has compared contents")
+            }
         }
     }
 }

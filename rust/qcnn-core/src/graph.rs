@@ -4,6 +4,7 @@
 //! it once (names, order, shapes, tensors, codes), after which every other
 //! module may rely on what it holds.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 
 use serde::{Deserialize, Serialize};
@@ -11,8 +12,9 @@ use serde::{Deserialize, Serialize};
 use crate::codebooks::first_inexact;
 use crate::error::{Result, bail_format, bail_shape};
 use crate::geometry::{ConvGeometry, PoolGeometry, checked_product};
+use crate::ops::quantize::{LinearQuantizer, Log2Quantizer};
 use crate::ops::strided::MAX_AXES;
-use crate::pack::{Codes, SharedBytes, check_packed};
+use crate::pack::{Codes, SharedBytes, check_packed, unpack_signs};
 
 /// Largest codebook: codes are at most 16 bits wide.
 pub const MAX_CENTROIDS: usize = 1 << 16;
@@ -63,6 +65,8 @@ pub enum Weights {
         #[serde(default)]
         codebook_bits: CodebookBits,
     },
+    /// 1 and -1, tensor `<node>.signs`.
+    Binary {},
 }
 
 /// Bits of a number in a codebook on disk. In memory it is an f32, one of those
@@ -162,6 +166,16 @@ pub enum Op {
     },
     HardSwish {},
     Silu {},
+    QuantizeLinear {
+        bits: u32,
+        low: f32,
+        high: f32,
+    },
+    QuantizeLog2 {
+        bits: u32,
+        high: f32,
+    },
+    Sign {},
     Add {},
     Mul {},
     Concat {},
@@ -216,9 +230,12 @@ pub enum TensorData {
     F32(Vec<f32>),
     /// Codes, one per sub-vector.
     Codes(Vec<u16>),
-    /// The same as a bit stream, see [`crate::pack`]: less than half the memory,
-    /// unpacked a layer at a time where they are needed.
-    PackedCodes(SharedBytes),
+    /// Binary weights, each 1 or -1.
+    Signs(Vec<i8>),
+    /// Codes or signs as a bit stream, see [`crate::pack`]: less than half the
+    /// memory, unpacked a layer at a time where they are needed. The bit of a
+    /// sign is 1 for 1, 0 for -1.
+    Packed(SharedBytes),
 }
 
 /// A tensor with its shape.
@@ -252,6 +269,9 @@ impl Op {
             Self::HardSigmoid { .. } => "hard_sigmoid",
             Self::HardSwish {} => "hard_swish",
             Self::Silu {} => "silu",
+            Self::QuantizeLinear { .. } => "quantize_linear",
+            Self::QuantizeLog2 { .. } => "quantize_log2",
+            Self::Sign {} => "sign",
             Self::Add {} => "add",
             Self::Mul {} => "mul",
             Self::Concat {} => "concat",
@@ -348,7 +368,7 @@ impl TensorSpec {
     pub fn codes(&self) -> Option<PqGeometry> {
         match self.content {
             Content::Codes(pq) => Some(pq),
-            Content::Floats | Content::Codebooks { .. } => None,
+            Content::Floats | Content::Codebooks { .. } | Content::Signs => None,
         }
     }
 }
@@ -367,14 +387,37 @@ pub enum Content {
     },
     /// Codes below the geometry's number of codewords.
     Codes(PqGeometry),
+    /// 1 or -1.
+    Signs,
+}
+
+impl Content {
+    /// Bits of an element on disk and what there can be, if it is stored as a bit
+    /// stream.
+    pub fn packed(&self) -> Option<(u32, usize)> {
+        match self {
+            Self::Codes(pq) => Some((pq.code_bits(), pq.n_centroids)),
+            Self::Signs => Some((1, 2)),
+            Self::Floats | Self::Codebooks { .. } => None,
+        }
+    }
+
+    /// What it is called in errors.
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Codes(_) => "codes",
+            Self::Signs => "signs",
+            Self::Floats | Self::Codebooks { .. } => "float32",
+        }
+    }
 }
 
 /// Resolved geometry of a node.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Geometry {
-    /// Convolution, and how its weights are quantised.
+    /// Convolution, and how its weights are product-quantised, if they are.
     Conv(ConvGeometry, Option<PqGeometry>),
-    /// Fully connected layer: input and output features, quantisation.
+    /// Fully connected layer: input and output features, the same.
     Fc(usize, usize, Option<PqGeometry>),
     /// Windowed pooling.
     Pool(PoolGeometry),
@@ -608,6 +651,14 @@ fn infer(what: &str, op: &Op, operands: &[&[usize]]) -> Result<(Shape, Geometry)
             }
             keep()
         }
+        Op::QuantizeLinear { bits, low, high } => {
+            LinearQuantizer::new(what, *bits, *low, *high)?;
+            keep()
+        }
+        Op::QuantizeLog2 { bits, high } => {
+            Log2Quantizer::new(what, *bits, *high)?;
+            keep()
+        }
         Op::BatchNorm { epsilon } => {
             check_finite(what, "epsilon", *epsilon)?;
             if *epsilon < 0.0 {
@@ -626,6 +677,7 @@ fn infer(what: &str, op: &Op, operands: &[&[usize]]) -> Result<(Shape, Geometry)
         | Op::Tanh {}
         | Op::HardSwish {}
         | Op::Silu {}
+        | Op::Sign {}
         | Op::Softmax {}
         | Op::LogSoftmax {} => keep(),
         Op::Add {} | Op::Mul {} => {
@@ -720,39 +772,62 @@ fn node_tensors(
         shape,
         content: Content::Floats,
     };
-    let weights = |dense: Vec<usize>, codes: Vec<usize>, pq: Option<PqGeometry>| match pq {
-        None => vec![("weight", float(dense))],
-        Some(pq) => vec![
-            (
-                "codebooks",
+    let weights =
+        |dense: Vec<usize>, codes: Vec<usize>, form: &Weights, pq: Option<PqGeometry>| match pq {
+            None if *form == Weights::Binary {} => vec![(
+                "signs",
                 TensorSpec {
-                    shape: pq.codebooks_shape(),
-                    content: Content::Codebooks {
-                        pq,
-                        channels: dense[1],
+                    shape: dense,
+                    content: Content::Signs,
+                },
+            )],
+            None => vec![("weight", float(dense))],
+            Some(pq) => vec![
+                (
+                    "codebooks",
+                    TensorSpec {
+                        shape: pq.codebooks_shape(),
+                        content: Content::Codebooks {
+                            pq,
+                            channels: dense[1],
+                        },
                     },
-                },
-            ),
-            (
-                "codes",
-                TensorSpec {
-                    shape: codes,
-                    content: Content::Codes(pq),
-                },
-            ),
-        ],
-    };
+                ),
+                (
+                    "codes",
+                    TensorSpec {
+                        shape: codes,
+                        content: Content::Codes(pq),
+                    },
+                ),
+            ],
+        };
     let (mut specs, bias, outputs) = match (op, geometry) {
-        (Op::Conv { bias, .. }, Geometry::Conv(conv, pq)) => {
+        (
+            Op::Conv {
+                bias,
+                weights: form,
+                ..
+            },
+            Geometry::Conv(conv, pq),
+        ) => {
             let [kh, kw] = conv.kernel;
             let out = conv.out_channels;
             let dense = vec![out, conv.group_in_channels(), kh, kw];
             let codes = vec![out, kh, kw, pq.map_or(0, |p| p.n_subspaces)];
-            (weights(dense, codes, *pq), *bias, out)
+            (weights(dense, codes, form, *pq), *bias, out)
         }
-        (Op::Fc { bias, .. }, &Geometry::Fc(inputs, outputs, pq)) => {
+        (
+            Op::Fc {
+                bias,
+                weights: form,
+                ..
+            },
+            &Geometry::Fc(inputs, outputs, pq),
+        ) => {
             let codes = vec![outputs, pq.map_or(0, |p| p.n_subspaces)];
-            (weights(vec![outputs, inputs], codes, pq), *bias, outputs)
+            let specs = weights(vec![outputs, inputs], codes, form, pq);
+            (specs, *bias, outputs)
         }
         (Op::BatchNorm { .. }, _) => {
             let channel = || float(vec![input[0]]);
@@ -834,7 +909,20 @@ impl Network {
     pub fn floats(&self, node: &str, suffix: &str) -> Option<&[f32]> {
         match &self.tensors.get(&format!("{node}.{suffix}"))?.data {
             TensorData::F32(data) => Some(data),
-            TensorData::Codes(_) | TensorData::PackedCodes(_) => None,
+            TensorData::Codes(_) | TensorData::Signs(_) | TensorData::Packed(_) => None,
+        }
+    }
+
+    /// The weights of a binary node, each 1 or -1, in the order of a dense weight.
+    pub fn signs(&self, node: &str) -> Option<Cow<'_, [i8]>> {
+        let tensor = self.tensors.get(&format!("{node}.signs"))?;
+        match &tensor.data {
+            TensorData::Signs(signs) => Some(Cow::Borrowed(signs)),
+            TensorData::Packed(bytes) => {
+                let n = tensor.shape.iter().product();
+                Some(Cow::Owned(unpack_signs(bytes, n)))
+            }
+            TensorData::F32(_) | TensorData::Codes(_) => None,
         }
     }
 
@@ -845,12 +933,12 @@ impl Network {
         let pq = spec.codes()?;
         match &self.tensors[&name].data {
             TensorData::Codes(codes) => Some(Codes::Unpacked(codes)),
-            TensorData::PackedCodes(bytes) => Some(Codes::Packed {
+            TensorData::Packed(bytes) => Some(Codes::Packed {
                 bytes,
                 n: spec.shape.iter().product(),
                 bits: pq.code_bits(),
             }),
-            TensorData::F32(_) => None,
+            TensorData::F32(_) | TensorData::Signs(_) => None,
         }
     }
 }
@@ -864,14 +952,16 @@ fn check_tensor(name: &str, spec: &TensorSpec, tensor: &Tensor) -> Result<()> {
         );
     }
     let elements: usize = spec.shape.iter().product();
-    let too_large = |codes: &[u16], pq: &PqGeometry| {
-        let i = codes
-            .iter()
-            .position(|&c| usize::from(c) >= pq.n_centroids)?;
+    let too_large = |codes: &[u16], n_centroids: usize| {
+        let i = codes.iter().position(|&c| usize::from(c) >= n_centroids)?;
         Some(format!(
-            "is {} at element {i}, expected codes below n_centroids = {}",
-            codes[i], pq.n_centroids
+            "is {} at element {i}, expected codes below n_centroids = {n_centroids}",
+            codes[i]
         ))
+    };
+    let no_sign = |signs: &[i8]| {
+        let i = signs.iter().position(|s| !matches!(s, 1 | -1))?;
+        Some(format!("is {} at element {i}, expected 1 or -1", signs[i]))
     };
     let not_finite = |data: &[f32]| {
         let i = data.iter().position(|v| !v.is_finite())?;
@@ -890,35 +980,38 @@ fn check_tensor(name: &str, spec: &TensorSpec, tensor: &Tensor) -> Result<()> {
             u8::from(pq.codebook_bits)
         ))
     };
-    let codes = spec.codes();
-    let (found, problem) = match (&tensor.data, &codes) {
-        (TensorData::F32(data), None) => {
-            let problem = not_finite(data);
-            let problem = match spec.content {
-                Content::Codebooks { pq, channels } => {
-                    problem.or_else(|| inexact(data, pq, channels))
-                }
-                Content::Floats | Content::Codes(_) => problem,
-            };
+    let (found, problem) = match (&tensor.data, spec.content, spec.content.packed()) {
+        (TensorData::F32(data), Content::Floats, _) => (data.len(), not_finite(data)),
+        (TensorData::F32(data), Content::Codebooks { pq, channels }, _) => {
+            let problem = not_finite(data).or_else(|| inexact(data, pq, channels));
             (data.len(), problem)
         }
-        (TensorData::Codes(data), Some(pq)) => (data.len(), too_large(data, pq)),
-        (TensorData::PackedCodes(bytes), Some(pq)) => {
-            let bits = pq.code_bits();
+        (TensorData::Codes(data), Content::Codes(pq), _) => {
+            (data.len(), too_large(data, pq.n_centroids))
+        }
+        (TensorData::Signs(data), Content::Signs, _) => (data.len(), no_sign(data)),
+        (TensorData::Packed(bytes), _, Some((bits, n_values))) => {
             check_packed(name, bytes, elements, bits)?;
-            // Where every code that fits the bits is one, there is nothing to
+            // Where everything that fits the bits is valid, there is nothing to
             // look for.
-            let problem = if pq.n_centroids == 1 << bits {
+            let problem = if n_values == 1 << bits {
                 None
             } else {
                 let n = elements;
-                too_large(Codes::Packed { bytes, n, bits }.all(&mut Vec::new()), pq)
+                let codes = Codes::Packed { bytes, n, bits };
+                too_large(codes.all(&mut Vec::new()), n_values)
             };
             (elements, problem)
         }
-        (TensorData::F32(_), Some(_)) => bail_format!("tensor {name:?} is float32, expected codes"),
-        (TensorData::Codes(_) | TensorData::PackedCodes(_), None) => {
-            bail_format!("tensor {name:?} holds codes, expected float32")
+        (data, content, _) => {
+            let found = match data {
+                TensorData::F32(_) => "float32",
+                TensorData::Codes(_) => "codes",
+                TensorData::Signs(_) => "signs",
+                TensorData::Packed(_) => "packed bits",
+            };
+            let expected = content.name();
+            bail_format!("tensor {name:?} holds {found}, expected {expected}")
         }
     };
     if found != elements {

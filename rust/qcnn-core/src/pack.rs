@@ -1,8 +1,8 @@
-//! Codes on disk: a little-endian bit stream.
+//! Codes and signs on disk: a little-endian bit stream.
 //!
 //! Code `i` of `b` bits occupies bits `i*b .. (i+1)*b` of the stream, and bit
 //! `j` of the stream is bit `j % 8` of byte `j / 8`. Unused bits of the last
-//! byte are zero.
+//! byte are zero. A sign is a code of one bit, 1 for 1 and 0 for -1.
 
 use std::ops::{Deref, Range};
 use std::sync::Arc;
@@ -66,6 +66,19 @@ pub fn pack(codes: &[u16], bits: u32) -> Vec<u8> {
         bytes.push(pending as u8);
     }
     bytes
+}
+
+/// Pack signs, each 1 or -1.
+pub fn pack_signs(signs: &[i8]) -> Vec<u8> {
+    let bit = |(j, sign): (usize, &i8)| u8::from(*sign > 0) << j;
+    let byte = |signs: &[i8]| signs.iter().enumerate().map(bit).sum();
+    signs.chunks(8).map(byte).collect()
+}
+
+/// The inverse of [`pack_signs`].
+pub fn unpack_signs(bytes: &[u8], n: usize) -> Vec<i8> {
+    let sign = |i: usize| 2 * (bytes[i / 8] >> (i % 8) & 1) as i8 - 1;
+    (0..n).map(sign).collect()
 }
 
 /// Check the length of `n` packed codes and the unused bits; `what` names them
@@ -205,6 +218,16 @@ mod tests {
         assert!(check_packed("x", &[0, 0b10], 3, 3).is_err());
         assert!(check_packed("x", &[0, 0b1], 3, 3).is_ok());
         assert!(check_packed("x", &[], 0, 3).is_ok());
+    }
+
+    #[test]
+    fn signs_are_codes_of_one_bit() {
+        let signs = [1, -1, -1, 1, 1, -1, 1, -1, -1, 1];
+        let bytes = pack_signs(&signs);
+        assert_eq!(bytes, [0b0101_1001, 0b10]);
+        assert_eq!(bytes, pack(&signs.map(|s| u16::from(s > 0)), 1));
+        assert_eq!(unpack_signs(&bytes, signs.len()), signs);
+        assert_eq!(pack_signs(&[]), [0u8; 0]);
     }
 
     proptest! {

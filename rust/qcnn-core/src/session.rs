@@ -398,8 +398,12 @@ fn plan_action(
     let shape = network.shape(&node.inputs[0]);
     let (channels, pixels) = (shape[0], shape[1..].iter().product());
     let parameter = |suffix: &str| network.floats(&node.name, suffix);
+    let signs = network.signs(&node.name);
     let weights = |pq: &Option<PqGeometry>| match *pq {
-        None => Weights::Dense(parameter("weight").expect("checked by Network::new")),
+        None => match &signs {
+            Some(signs) => Weights::Binary(signs),
+            None => Weights::Dense(parameter("weight").expect("checked by Network::new")),
+        },
         Some(geometry) => Weights::ProductQuantized {
             geometry,
             codebooks: parameter("codebooks").expect("checked by Network::new"),

@@ -88,6 +88,11 @@ fn tensors_from_python(tensors: &Bound<'_, PyDict>) -> PyResult<Tensors> {
                 floats.shape().to_vec(),
                 TensorData::F32(floats.as_slice()?.to_vec()),
             )
+        } else if let Ok(signs) = array.extract::<PyReadonlyArrayDyn<'_, i8>>() {
+            (
+                signs.shape().to_vec(),
+                TensorData::Signs(signs.as_slice()?.to_vec()),
+            )
         } else if let Ok(codes) = array.extract::<PyReadonlyArrayDyn<'_, u8>>() {
             let wide = codes.as_slice()?.iter().map(|&c| u16::from(c)).collect();
             (codes.shape().to_vec(), TensorData::Codes(wide))
@@ -266,13 +271,18 @@ impl PyNetwork {
         Ok(shapes)
     }
 
-    /// Copies of all tensors, codes unpacked.
+    /// Copies of all tensors, codes and signs unpacked.
     fn tensors<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let tensors = PyDict::new(py);
         let mut buffer = Vec::new();
         for (name, tensor) in self.network.tensors() {
             let array = if let TensorData::F32(floats) = &tensor.data {
                 floats.to_pyarray(py).into_any()
+            } else if let Some(signs) = name
+                .strip_suffix(".signs")
+                .and_then(|node| self.network.signs(node))
+            {
+                signs.to_pyarray(py).into_any()
             } else {
                 let node = name.strip_suffix(".codes").unwrap_or(name);
                 let codes = self.network.codes(node);

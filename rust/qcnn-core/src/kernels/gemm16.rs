@@ -59,7 +59,7 @@ impl<S: Simd> Gemm16Conv<S> {
         let g = layer.geometry;
         let depth = g.group_in_channels() * g.taps();
         // What is dense already is to be exact.
-        if depth > MAX_DEPTH || matches!(layer.weights, Weights::Dense(_)) {
+        if depth > MAX_DEPTH || !matches!(layer.weights, Weights::ProductQuantized { .. }) {
             return None;
         }
         let outputs = g.group_out_channels().next_multiple_of(pair_rows::<S>());

@@ -70,6 +70,8 @@ pub trait Kernel: Debug + Send + Sync {
 pub enum Weights<'a, C = &'a [u16]> {
     /// `(outputs, channels per group, taps)`.
     Dense(&'a [f32]),
+    /// The same, each 1 or -1.
+    Binary(&'a [i8]),
     /// Codebooks and codes.
     ProductQuantized {
         /// How the channels of a group are split.
@@ -89,6 +91,7 @@ impl<'a> Weights<'a, Codes<'a>> {
     {
         match self {
             Self::Dense(weight) => Weights::Dense(weight),
+            Self::Binary(signs) => Weights::Binary(signs),
             Self::ProductQuantized {
                 geometry,
                 codebooks,
@@ -132,7 +135,7 @@ impl<'a> ConvLayer<'a> {
     pub(crate) fn dense_weights(&self) -> Cow<'a, [f32]> {
         match self.weights {
             Weights::Dense(weight) => Cow::Borrowed(weight),
-            Weights::ProductQuantized { .. } => Cow::Owned(self.decode()),
+            Weights::Binary(_) | Weights::ProductQuantized { .. } => Cow::Owned(self.decode()),
         }
     }
 
@@ -150,7 +153,7 @@ impl<'a> FcLayer<'a> {
     pub(crate) fn dense_weights(&self) -> Cow<'a, [f32]> {
         match self.weights {
             Weights::Dense(weight) => Cow::Borrowed(weight),
-            Weights::ProductQuantized { .. } => Cow::Owned(self.decode()),
+            Weights::Binary(_) | Weights::ProductQuantized { .. } => Cow::Owned(self.decode()),
         }
     }
 

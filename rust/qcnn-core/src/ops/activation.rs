@@ -2,6 +2,7 @@
 
 use crate::graph::Op;
 use crate::isa::{Level, Simd, Task};
+use crate::ops::quantize::{LinearQuantizer, Log2Quantizer, sign};
 
 /// A function of one value.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -35,6 +36,12 @@ pub enum Activation {
     HardSwish,
     /// `x * sigmoid(x)`
     Silu,
+    /// The nearest of evenly spaced levels.
+    QuantizeLinear(LinearQuantizer),
+    /// The nearest power of two.
+    QuantizeLog2(Log2Quantizer),
+    /// 1 where at least 0, else -1.
+    Sign,
 }
 
 impl Activation {
@@ -49,6 +56,13 @@ impl Activation {
             Op::HardSigmoid { alpha, beta } => Self::HardSigmoid { alpha, beta },
             Op::HardSwish {} => Self::HardSwish,
             Op::Silu {} => Self::Silu,
+            Op::QuantizeLinear { bits, low, high } => {
+                Self::QuantizeLinear(LinearQuantizer::new(op.name(), bits, low, high).ok()?)
+            }
+            Op::QuantizeLog2 { bits, high } => {
+                Self::QuantizeLog2(Log2Quantizer::new(op.name(), bits, high).ok()?)
+            }
+            Op::Sign {} => Self::Sign,
             _ => return None,
         })
     }
@@ -88,6 +102,9 @@ impl Task for Apply<'_> {
             }
             Activation::HardSwish => map(data, |x| x * (x / 6.0 + 0.5).clamp(0.0, 1.0)),
             Activation::Silu => map(data, |x| x * sigmoid(x)),
+            Activation::QuantizeLinear(quantizer) => map(data, |x| quantizer.apply(x)),
+            Activation::QuantizeLog2(quantizer) => map(data, |x| quantizer.apply(x)),
+            Activation::Sign => map(data, sign),
         }
     }
 }

@@ -15,6 +15,7 @@ pub mod fc;
 pub mod lrn;
 pub mod norm;
 pub mod pool;
+pub mod quantize;
 pub mod rearrange;
 pub mod softmax;
 pub mod strided;

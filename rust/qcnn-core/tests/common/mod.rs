@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 
-use qcnn_core::graph::{Geometry, Node, Op, TensorSpec};
+use qcnn_core::graph::{Content, Geometry, Node, Op, TensorSpec};
 use qcnn_core::kernels::{ConvLayer, FcLayer, Weights, scalar};
 use qcnn_core::{Graph, Network, Tensor, TensorData, Tensors};
 use serde_json::{Value, json};
@@ -55,6 +55,10 @@ pub fn dense() -> Value {
     json!({"type": "dense"})
 }
 
+pub fn binary() -> Value {
+    json!({"type": "binary"})
+}
+
 pub fn quantized(n_subspaces: usize, n_centroids: usize, subvector_dim: usize) -> Value {
     json!({
         "type": "product_quantized", "n_subspaces": n_subspaces, "n_centroids": n_centroids,
@@ -64,16 +68,20 @@ pub fn quantized(n_subspaces: usize, n_centroids: usize, subvector_dim: usize) -
 
 fn random_tensor(random: &mut Random, name: &str, spec: &TensorSpec) -> Tensor {
     let len = spec.shape.iter().product();
-    let data = match spec.codes() {
-        Some(pq) => TensorData::Codes(
+    let data = match spec.content {
+        Content::Codes(pq) => TensorData::Codes(
             (0..len)
                 .map(|_| (random.next() % pq.n_centroids as u64) as u16)
                 .collect(),
         ),
-        None if name.ends_with(".variance") => {
+        Content::Signs => {
+            let sign = |_| if random.next().is_multiple_of(2) { 1 } else { -1 };
+            TensorData::Signs((0..len).map(sign).collect())
+        }
+        Content::Floats if name.ends_with(".variance") => {
             TensorData::F32(random.floats(len).iter().map(|v| v.abs() + 0.1).collect())
         }
-        None => TensorData::F32(random.floats(len)),
+        Content::Floats | Content::Codebooks { .. } => TensorData::F32(random.floats(len)),
     };
     Tensor {
         shape: spec.shape.clone(),
@@ -137,8 +145,12 @@ fn interpret_node(
     let channels = shape[0];
     let pixels: usize = shape[1..].iter().product();
     let parameter = |suffix: &str| network.floats(name, suffix);
+    let signs = network.signs(name);
     let weights = |pq: &Option<_>| match *pq {
-        None => Weights::Dense(parameter("weight").unwrap()),
+        None => match &signs {
+            Some(signs) => Weights::Binary(signs),
+            None => Weights::Dense(parameter("weight").unwrap()),
+        },
         Some(geometry) => Weights::ProductQuantized {
             geometry,
             codebooks: parameter("codebooks").unwrap(),
