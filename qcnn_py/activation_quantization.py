@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import ceil, frexp, ldexp, log2
 from typing import Any
@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qcnn_py.config import ActivationsConfig, suggestion
+from qcnn_py.config import ActivationsConfig
 from qcnn_py.errors import ConfigError, DatasetError, ShapeError
 from qcnn_py.network import FloatArray, Network, Node
 
 __all__ = [
     "QUANTIZERS",
     "quantize_activations",
-    "quantized_layers",
     "quantizer_of",
 ]
 
@@ -28,39 +27,6 @@ Images = npt.NDArray[Any] | Iterable[npt.NDArray[Any]]
 
 # Images whose values are in memory at a time.
 _BATCH_SIZE = 16
-
-
-def quantized_layers(
-    config: ActivationsConfig, layers: Sequence[str], first: Collection[str]
-) -> list[str]:
-    """Return the names of the layers whose inputs are quantised.
-
-    Parameters
-    ----------
-    config : ActivationsConfig
-        Scheme and choice of layers.
-    layers : sequence of str
-        Names of all conv and fc layers.
-    first : collection of str
-        Those that read the network's input, which is quantised only on demand.
-
-    Raises
-    ------
-    ConfigError
-        If the configuration names another layer.
-    """
-    wanted = config.layers
-    for key, names in (("layers", wanted or ()), ("exclude", config.exclude)):
-        for name in names:
-            if name not in layers:
-                raise ConfigError(
-                    f"activations.{key}: the network has no layer {name!r}"
-                    f"{suggestion(name, layers)}; its layers are {', '.join(layers)}"
-                )
-    if config.scheme == "none":
-        return []
-    chosen = [x for x in layers if x not in first] if wanted is None else wanted
-    return [name for name in chosen if name not in config.exclude]
 
 
 def quantizer_of(
@@ -137,7 +103,7 @@ def quantize_activations(
         layer.name: network.node(layer.name).inputs[0] for layer in network.layers
     }
     first = [name for name, value in layers.items() if value == network.input_name]
-    chosen = quantized_layers(config, list(layers), first)
+    chosen = config.quantized(list(layers), first)
     # Several layers may read one value.
     values = dict.fromkeys(layers[name] for name in chosen)
     quantizers = {value: quantizer_of(config) for value in values}

@@ -2,8 +2,7 @@
 
 They are the reference of the operations ``quantize_linear``, ``quantize_log2`` and
 ``sign`` (``docs/format.md``), which give the same float32 numbers in the engine, and of
-their differentiable forms in :mod:`qcnn_py.jax_activations`. The sign of a zero is not
-specified.
+their differentiable forms in :mod:`qcnn_py.jax_activations`. Zeros are +0.
 
 ``noise`` makes them stochastic, as in training: the value moves by a random amount with
 mean zero, as wide as the distance of two levels, before it is rounded. The expectation
@@ -107,7 +106,7 @@ def linear(
 ) -> FloatArray:
     """Round to the nearest of evenly spaced levels.
 
-    ``clip(rint(x / step) * step, low, high)`` with
+    ``clip(rint(x / step) * step, low, high) + 0`` with
     ``step = (high - low) / (2**bits - 1)``, in float32 operation by operation, halves
     to the even multiple (Hubara et al., "Quantized Neural Networks", 2016, section 3;
     the step is where their note prints the number of bits). There are ``2**bits``
@@ -154,7 +153,7 @@ def linear(
         if noise is not None:
             steps += _uniform(noise, steps.shape) - np.float32(0.5)
         rounded = np.rint(steps) * levels.step
-    return np.asarray(np.clip(rounded, levels.low, levels.high))
+    return np.asarray(np.clip(rounded, levels.low, levels.high) + np.float32(0))
 
 
 def log2(
@@ -215,7 +214,7 @@ def log2(
         gap = np.maximum(floor, least)
         up = _uniform(noise, values.shape) < (magnitudes - floor) / gap
         rounded = floor + np.where(up, gap, np.float32(0))
-    signed = np.copysign(rounded, values)
+    signed = np.copysign(rounded, values) + np.float32(0)
     return np.asarray(np.where(np.isnan(values), values, signed))
 
 

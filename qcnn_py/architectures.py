@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qcnn_py.activation_quantization import quantized_layers, quantizer_of
+from qcnn_py.activation_quantization import quantizer_of
 from qcnn_py.config import ActivationsConfig, LayerSettings
 from qcnn_py.errors import ConfigError
 from qcnn_py.network import Network, Node, rounded_codebooks
@@ -120,7 +120,7 @@ def conv_fc(
 
     layers = [f"conv{number}" for number in numbers]
     layers += [f"fc{i + 1}" for i in range(len(fc_features) + 1)]
-    quantized = quantized_layers(activations, layers, layers[:1])
+    quantized = activations.quantized(layers, layers[:1])
 
     def append_activation(name: str) -> None:
         following = layers[layers.index(name) + 1]

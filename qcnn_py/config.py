@@ -11,7 +11,7 @@ refused with the full path of the key and the closest known one.
 import difflib
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -429,7 +429,7 @@ class QuantizeConfig(LayerOverrides):
                 shown = key if key.endswith(name) else f"{key}: got {name!r}"
                 raise ConfigError(
                     f"quantize.{shown}: the network has no such layer"
-                    f"{suggestion(name, known)}; its layers are {', '.join(known)}"
+                    f"{_suggestion(name, known)}; its layers are {', '.join(known)}"
                 )
         for name in self.exclude:
             if name in self.layers:
@@ -561,10 +561,8 @@ class ActivationsConfig(Section):
     @model_validator(mode="after")
     def _check_range(self) -> Self:
         if self.range == "percentile":
-            if given := {"low", "high"} & self.model_fields_set:
-                raise ValueError(
-                    f"{min(given)}: got a number, expected range: given beside it"
-                )
+            if self.low or self.high is not None:
+                raise ValueError("range: got percentile, expected given beside a range")
         elif self.scheme in ("linear", "log2"):
             if self.high is None:
                 raise ValueError("high: got none, expected a number with range: given")
@@ -572,6 +570,36 @@ class ActivationsConfig(Section):
         if self.scheme == "log2" and self.bits > 8:
             raise ValueError(f"bits: got {self.bits}, expected 2 to 8 with log2")
         return self
+
+    def quantized(self, layers: Sequence[str], first: Collection[str]) -> list[str]:
+        """Return the names of the layers whose inputs are quantised.
+
+        Parameters
+        ----------
+        layers
+            Names of all conv and fc layers.
+        first
+            Those that read the image, which is quantised only on demand.
+
+        Raises
+        ------
+        ConfigError
+            If another layer is named.
+        """
+        for key, names in (("layers", self.layers or ()), ("exclude", self.exclude)):
+            for name in names:
+                if name not in layers:
+                    raise ConfigError(
+                        f"activations.{key}: got {name!r}, which the network does not "
+                        f"have{_suggestion(name, layers)}; its layers are "
+                        f"{', '.join(layers)}"
+                    )
+        if self.scheme == "none":
+            return []
+        chosen = self.layers
+        if chosen is None:
+            chosen = tuple(name for name in layers if name not in first)
+        return [name for name in chosen if name not in self.exclude]
 
     def levels(self, low: float, high: float) -> LinearLevels | Log2Levels | None:
         """Return the levels of a range, None if the scheme needs no range.
@@ -840,8 +868,8 @@ PeerName = Literal[
 ]
 
 
-class BenchmarkConfig(Section):
-    """The speed test: dense, quantised and peers in turns, in one process."""
+class TimingConfig(Section):
+    """How contenders are timed, in turns, in one process."""
 
     repeats: int = Field(
         default=5, ge=1, description="Times the whole measurement is done."
@@ -852,6 +880,11 @@ class BenchmarkConfig(Section):
         default=3, ge=0, description="Untimed batches before each repeat."
     )
     threads: int = Field(default=1, ge=1, description="Threads of each engine.")
+
+
+class BenchmarkConfig(TimingConfig):
+    """The speed test: dense, quantised and peers in turns, in one process."""
+
     precisions: tuple[PrecisionName, ...] = Field(
         default=("fast", "exact"),
         min_length=1,
@@ -881,12 +914,17 @@ class BenchmarkConfig(Section):
         return self
 
 
-class ReportConfig(Section):
-    """Contents of report.html."""
+class TitleConfig(Section):
+    """Heading of report.html."""
 
     title: str | None = Field(
         default=None, description="Heading; null uses the run's name."
     )
+
+
+class ReportConfig(TitleConfig):
+    """Contents of report.html."""
+
     example_images: int = Field(
         default=12, ge=0, description="Test images shown with their predictions."
     )
@@ -919,6 +957,13 @@ class PipelineConfig(Section):
     quantize: QuantizeConfig = Field(
         default=QuantizeConfig(), description="How its layers are quantised."
     )
+    activations: ActivationsConfig = Field(
+        default=ActivationsConfig(),
+        description=(
+            "Quantisation of what the layers of the trained network read, before its "
+            "weights are quantised, and in fine-tuning."
+        ),
+    )
     finetune: OptimizerConfig = Field(
         default=OptimizerConfig(),
         description=(
@@ -940,20 +985,118 @@ class PipelineConfig(Section):
 
     @model_validator(mode="after")
     def _check_folds(self) -> Self:
-        folds = self.dataset.folds
-        if self.dataset.test_split == "folds" and self.replicates > folds:
-            raise ValueError(
-                f"replicates: got {self.replicates}, expected at most the {folds} "
-                "of dataset.folds"
-            )
+        _check_folds(self.replicates, self.dataset)
         return self
 
     @model_validator(mode="after")
     def _check_layers(self) -> Self:
         # The layers of a file are known only when it is read.
         if isinstance(self.network, TrainedNetworkConfig):
-            self.quantize.plan(self.network.layers(self.dataset.known_classes))
+            layers = self.network.layers(self.dataset.known_classes)
+            self.quantize.plan(layers)
+            self.activations.quantized([layer.name for layer in layers], ())
+            if self.network.weights != "float":
+                raise ValueError(
+                    f"network.weights: got {self.network.weights}, expected float: "
+                    "they are going to be product-quantised"
+                )
+            if "none" not in (self.activations.scheme, self.network.activations.scheme):
+                raise ValueError(
+                    f"activations.scheme: got {self.activations.scheme} for a network "
+                    "trained with network.activations, expected one of them to be none"
+                )
         return self
+
+
+class CellConfig(Section):
+    """How one of the networks that are compared is quantised."""
+
+    weights: WeightType = Field(
+        default="float", description="As network.weights of a pipeline."
+    )
+    weight_bits: int = Field(
+        default=8, ge=2, le=8, description="Bits of a weight (weights: linear only)."
+    )
+    activations: ActivationsConfig = Field(
+        default=ActivationsConfig(),
+        description="As network.activations of a pipeline.",
+    )
+
+
+class ComparisonConfig(Section):
+    """Train a network from scratch, quantised in several ways, and compare them."""
+
+    kind: Literal["activations"] = Field(
+        default="activations",
+        description="One network, trained with quantised weights and activations.",
+    )
+    seed: int = Field(
+        default=0,
+        ge=0,
+        le=_LARGEST_SEED,
+        description="Seed of all random choices; replicate i uses seed + i.",
+    )
+    replicates: int = Field(
+        default=1,
+        ge=1,
+        description=(
+            "Times each network is trained, each with its own seed and, where the data "
+            "set is split into folds, its own test fold."
+        ),
+    )
+    dataset: DatasetConfig = Field(default=DigitsConfig(), description="The images.")
+    network: TrainedNetworkConfig = Field(
+        default=TrainedNetworkConfig(batch_norm=True),
+        description=("The network; its weights and activations are those of the cell."),
+    )
+    cells: dict[RunName, CellConfig] = Field(
+        min_length=2,
+        description=(
+            "What is compared, by name; the first one is what the others are compared "
+            "with."
+        ),
+    )
+    benchmark: TimingConfig = Field(
+        default=TimingConfig(), description="The speed test of the trained networks."
+    )
+    report: TitleConfig = Field(default=TitleConfig(), description="The report.")
+
+    def network_of(self, cell: str) -> TrainedNetworkConfig:
+        """Return the settings of the network of a cell.
+
+        Raises
+        ------
+        ConfigError
+            If the network cannot be quantised like that.
+        """
+        base, own = self.network.model_dump(), self.cells[cell].model_dump()
+        try:
+            return TrainedNetworkConfig.from_mapping(base | own)
+        except ConfigError as error:
+            raise ConfigError(f"cells.{cell}.{error}") from error
+
+    @model_validator(mode="after")
+    def _check_cells(self) -> Self:
+        _check_folds(self.replicates, self.dataset)
+        names = [layer.name for layer in self.network.layers(None)]
+        for cell in self.cells:
+            self.network_of(cell).activations.quantized(names, ())
+        untouched = CellConfig()
+        for key in CellConfig.model_fields:
+            got = getattr(self.network, key)
+            if got != getattr(untouched, key):
+                raise ValueError(
+                    f"network.{key}: got {got!r}, expected it in the cells alone"
+                )
+        return self
+
+
+def _check_folds(replicates: int, dataset: DatasetConfig) -> None:
+    if dataset.test_split == "folds" and replicates > dataset.folds:
+        raise ValueError(
+            f"replicates: got {replicates}, expected at most the {dataset.folds} of "
+            "dataset.folds"
+        )
 
 
 def _published_settings(data: Mapping[str, Any]) -> QuantizeConfig:
@@ -1027,7 +1170,9 @@ class SpeedConfig(Section):
         return self
 
 
-RunConfig = Annotated[PipelineConfig | SpeedConfig, Field(discriminator="kind")]
+RunConfig = Annotated[
+    PipelineConfig | SpeedConfig | ComparisonConfig, Field(discriminator="kind")
+]
 
 
 class Config(Section):
@@ -1077,7 +1222,7 @@ def _describe(schema: dict[str, Any], details: ErrorDetails) -> str:
     if details["type"] == "extra_forbidden":
         path, known = _follow(schema, location[:-1])
         key = str(location[-1])
-        hint = suggestion(key, known) or f"; known keys: {', '.join(known)}"
+        hint = _suggestion(key, known) or f"; known keys: {', '.join(known)}"
         return f"{'.'.join([*path, key])}: unknown key{hint}"
     path, _ = _follow(schema, location)
     reason = details["msg"].removeprefix("Value error, ")
@@ -1140,8 +1285,7 @@ def _child(node: dict[str, Any], part: int | str) -> dict[str, Any]:
     return dict(child)
 
 
-def suggestion(key: str, known: Sequence[str]) -> str:
-    """Return a question after the known names closest to a key, if there are any."""
+def _suggestion(key: str, known: Sequence[str]) -> str:
     matches = difflib.get_close_matches(key, known, n=2)
     return f"; did you mean {' or '.join(map(repr, matches))}?" if matches else ""
 

@@ -48,7 +48,7 @@ def distill_codebooks(
     original : Network
         Dense; its outputs are what is wanted.
     quantized : Network
-        The same nodes, some of them quantised.
+        The same nodes, some of them quantised, and quantisers of activations.
     images : ndarray of float32, shape (N, C, H, W)
         Preprocessed images, at least two.
     config : DistillConfig
@@ -77,8 +77,10 @@ def distill_codebooks(
         If the loss becomes infinite or NaN.
     """
     teacher, student = without_softmax(original), without_softmax(quantized)
+    wanted_shapes = dict(teacher.shapes)
+    shapes = {k: v for k, v in student.shapes.items() if k in wanted_shapes}
     for what, got, expected in (
-        ("quantised network has values of shape", _shapes(student), _shapes(teacher)),
+        ("quantised network has values of shape", shapes, wanted_shapes),
         ("images have shape", images.shape[1:], teacher.input_shape),
     ):
         if got != expected:
@@ -111,8 +113,12 @@ def distill_codebooks(
     parameters = {k: v for k, v in student.tensors.items() if not k.endswith(".codes")}
     fixed = {k: v for k, v in parameters.items() if k.endswith(NOT_LEARNT)}
     scales = {k: _scale(v) for k, v in parameters.items() if k not in fixed}
-    read = {student.node(layer.name).inputs[0] for layer in student.layers}
-    read -= {student.input_name}
+    # What each layer reads, in both: with activations quantised it has another name.
+    read = {
+        tuple(network.node(layer.name).inputs[0] for network in (student, teacher))
+        for layer in student.layers
+    }
+    read -= {(student.input_name, teacher.input_name)}
 
     def distance(parameters: Parameters, x: jax.Array) -> jax.Array:
         wanted = wanted_values(teacher_parameters, x, None)
@@ -125,9 +131,10 @@ def distill_codebooks(
         )
         divergence = jnp.sum(jnp.exp(p) * (p - q), axis=1).mean()
         loss = divergence * config.temperature**2
-        for value in sorted(read):
-            error = jnp.sum(jnp.square(got[value] - wanted[value]))
-            share = error / (jnp.sum(jnp.square(wanted[value])) + _TINY)
+        for value, original_value in sorted(read):
+            target = wanted[original_value]
+            error = jnp.sum(jnp.square(got[value] - target))
+            share = error / (jnp.sum(jnp.square(target)) + _TINY)
             loss += config.response_weight / len(read) * share
         return loss
 
@@ -170,10 +177,6 @@ def distill_codebooks(
     if not history["best_epoch"]:
         return quantized, history
     return quantized.replace(tensors=stored(best)), history
-
-
-def _shapes(network: Network) -> dict[str, tuple[int, ...]]:
-    return dict(network.shapes)
 
 
 def _scale(array: npt.NDArray[Any]) -> np.float32:

@@ -1,13 +1,9 @@
 """The quantisers of :mod:`qcnn_py.activations` as differentiable JAX functions.
 
-They round as the NumPy reference does, and pass gradients on as if they did not round
-(straight-through estimator of Hinton; Bengio et al., "Estimating or Propagating
+They give the numbers of the NumPy reference, and pass gradients on as if they did not
+round (straight-through estimator of Hinton; Bengio et al., "Estimating or Propagating
 Gradients Through Stochastic Neurons", 2013): unchanged where the value is in the
 quantiser's range, 0 where it would be clipped, be there noise or not.
-
-XLA compiles a division by a constant to a multiplication by its reciprocal. A compiled
-:func:`linear` may therefore take the other level where a value is within rounding of
-the middle of two.
 """
 
 from __future__ import annotations
@@ -51,7 +47,12 @@ def linear(
             )
         return sign(x, key)
     levels = LinearLevels.of(bits, low, high)
-    steps = jax.lax.stop_gradient(x) / levels.step
+    # Of one number behind a barrier, or a constant, XLA would multiply by the
+    # reciprocal, and halves would be others.
+    divisors = jax.lax.optimization_barrier(  # type: ignore[no-untyped-call]
+        jnp.full(x.shape, levels.step)
+    )
+    steps = jax.lax.stop_gradient(x) / divisors
     if key is not None:
         steps += jax.random.uniform(key, x.shape, minval=-0.5, maxval=0.5)
     rounded = jnp.clip(jnp.rint(steps) * levels.step, levels.low, levels.high)

@@ -24,6 +24,7 @@ BELOW_ROOT = np.nextafter(ROOT, np.float32(0))
 def check(got: FloatArray, wanted: list[float]) -> None:
     assert got.dtype == np.float32
     np.testing.assert_array_equal(got, np.float32(wanted))
+    assert not np.signbit(got[got == 0]).any()
 
 
 @pytest.mark.parametrize(
@@ -261,7 +262,8 @@ def grid() -> FloatArray:
         for e in range(-5, 3)
     ]
     random = np.random.default_rng(0).normal(size=4000)
-    return np.float32([*edges, *random])
+    halves = np.arange(-300, 300) * np.float32(1.7 / 255) / 2
+    return np.float32([*edges, *halves, *random])
 
 
 @pytest.mark.parametrize(("reference", "quantize", "limits"), PAIRS)
