@@ -18,7 +18,7 @@ import numpy.typing as npt
 from qcnn_py.augmentation import augmented
 from qcnn_py.config import DistillConfig
 from qcnn_py.errors import DatasetError, ShapeError
-from qcnn_py.fitting import NOT_LEARNT, mean_over_batches, minimize, without_softmax
+from qcnn_py.fitting import NOT_LEARNT, Descent, mean_over_batches, without_softmax
 from qcnn_py.jax_graph import Parameters, decoding_function, values_function
 from qcnn_py.network import FloatArray, Network, rounded_codebooks
 
@@ -63,7 +63,8 @@ def distill_codebooks(
         they are stored, with the lowest loss on the held-out images. That may be
         `quantized` itself.
     history : dict
-        See `qcnn_py.fitting.fit`; ``validation_loss`` is that on the held-out images.
+        See `qcnn_py.fitting.Training.fit`; ``validation_loss`` is that on the held-out
+        images.
 
     Raises
     ------
@@ -163,15 +164,13 @@ def distill_codebooks(
         )
         return {"validation_loss": value}
 
-    best, history = minimize(
-        loss,
+    best, history = Descent(loss, config).minimize(
         {k: jnp.asarray(parameters[k] / scale) for k, scale in scales.items()},
         n_examples=len(lessons),
         batch=lambda chosen, rng: (
             augmented(lessons[chosen], config.flip, config.shift, rng),
         ),
         validate=validate,
-        config=config,
         seed=seed,
     )
     if not history["best_epoch"]:

@@ -140,7 +140,7 @@ def finetune_fc(
     network : Network
         The network with new fully connected layers.
     history : dict
-        See `qcnn_py.fitting.fit`.
+        See `qcnn_py.fitting.Training.fit`.
 
     Raises
     ------

@@ -17,7 +17,7 @@ from qcnn_py.dataset_sources import SplitName
 from qcnn_py.datasets import Dataset
 from qcnn_py.errors import ConfigError
 from qcnn_py.evaluation import evaluate
-from qcnn_py.fitting import Examples, LatentWeights, fit
+from qcnn_py.fitting import Examples, LatentWeights, Training
 from qcnn_py.network import Network, QuantizedWeights
 from qcnn_py.onnx_import import read_onnx
 
@@ -48,13 +48,19 @@ def train_network(
     network : Network
         The metadata hold preprocessing and class names.
     history : dict
-        See `qcnn_py.fitting.fit`.
+        See `qcnn_py.fitting.Training.fit`.
 
     Raises
     ------
     ConfigError
-        If the architecture does not fit the images, or as `fit`.
+        If the architecture does not fit the images, or as `Training.fit`.
     """
+    network = _draw(dataset, config, seed)
+    return _train(_training(network, config), network, dataset, config, seed)
+
+
+def _draw(dataset: Dataset, config: TrainedNetworkConfig, seed: int) -> Network:
+    """Return the network before training."""
     network = conv_fc(
         dataset.input_shape,
         config.conv_channels,
@@ -68,25 +74,41 @@ def train_network(
         seed=seed,
         metadata=dataset.metadata(),
     )
+    if config.weights == "linear":
+        network = _with_wide_weights(network, LatentWeights(config.weight_bits))
+    return network
+
+
+def _training(network: Network, config: TrainedNetworkConfig) -> Training:
+    """Return what trains networks like this one."""
+    bits = {"float": None, "binary": 1, "linear": config.weight_bits}[config.weights]
+    return Training(
+        network,
+        config.training,
+        latent=None if bits is None else LatentWeights(bits),
+        noise=config.activations.noise,
+        normalize_batches=config.batch_norm,
+    )
+
+
+def _train(
+    training: Training,
+    network: Network,
+    dataset: Dataset,
+    config: TrainedNetworkConfig,
+    seed: int,
+) -> tuple[Network, dict[str, Any]]:
+    """Return the trained network, as it is stored, and its history."""
 
     def examples(split: SplitName) -> Examples:
         return Examples(dataset.splits[split].images, dataset.labels(split))
 
-    latent = None
-    if config.weights != "float":
-        latent = LatentWeights(1 if config.weights == "binary" else config.weight_bits)
-        if config.weights == "linear":
-            network = _with_wide_weights(network, latent)
-    trained, history = fit(
+    trained, history = training.fit(
         network,
         examples("train"),
         examples("validation"),
-        config.training,
         seed,
         prepare=dataset.preprocessing.normalize,
-        latent=latent,
-        noise=config.activations.noise,
-        normalize_batches=config.batch_norm,
     )
     return _stored(trained, config), history
 
@@ -148,8 +170,9 @@ def train_cell(
     network : Network
         The first replicate's.
     result : dict
-        ``replicates``: of each its ``top1``, ``top5``, number of test images ``n``, see
-        `qcnn_py.evaluation.evaluate`, and ``history``, see `qcnn_py.fitting.fit`.
+        ``replicates``: of each its ``top1``, ``top5`` and number of test images ``n``
+        (see `qcnn_py.evaluation.evaluate`), and ``history`` (see
+        `qcnn_py.fitting.Training.fit`).
 
     Raises
     ------
@@ -157,8 +180,12 @@ def train_cell(
         As `train_network` and `evaluate`.
     """
     networks, replicates = [], []
+    training = None
     for number, dataset in enumerate(datasets):
-        network, history = train_network(dataset, config, seed + number)
+        drawn = _draw(dataset, config, seed + number)
+        # Replicates differ in images and parameters, not in what is compiled.
+        training = training or _training(drawn, config)
+        network, history = _train(training, drawn, dataset, config, seed + number)
         accuracy = evaluate(network, dataset)
         del accuracy["predictions"]
         logger.info("replicate %d: top-1 %.4f", number, accuracy["top1"])
@@ -203,12 +230,12 @@ def prepare_network(
         preprocessing, the data set's or, where its images were prepared before, the
         file's.
     history : dict
-        See `qcnn_py.fitting.fit`; without epochs if the network was read.
+        See `qcnn_py.fitting.Training.fit`; without epochs if the network was read.
 
     Raises
     ------
     ConfigError
-        If the file's network does not fit the images and classes, or as `fit`.
+        If the file's network does not fit the images and classes, or as `Training.fit`.
     ModelFormatError
         If the file is malformed.
     UnsupportedOperator
@@ -224,7 +251,11 @@ def prepare_network(
         ("input shape", network.input_shape, dataset.input_shape),
         ("outputs", prod(network.shapes[network.output]), len(dataset.class_names)),
         ("class names", class_names, list(dataset.class_names)),
-        ("quantised layers", [x.name for x in network.layers if x.quantized], []),
+        (
+            "quantised layers",
+            [x.name for x in network.layers if x.quantized or x.binary],
+            [],
+        ),
     )
     for what, got, expected in requirements:
         if got != expected:
