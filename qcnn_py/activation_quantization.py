@@ -62,8 +62,9 @@ def quantize_activations(
     """Quantise what the conv and fc layers of a network read.
 
     The operation is put behind the value that a layer reads, under the name of that
-    value with ``_quantized`` behind it; other operations go on reading the value as it
-    is. Layers that read the network's input are left alone if they are not named.
+    value with ``_quantized`` behind it, and in front of dropout, which scales values in
+    training; other operations go on reading the value as it is. Layers that read the
+    network's input are left alone if they are not named.
 
     The range of a layer's inputs ends at a percentile of them. Where none is negative,
     it starts at 0; else it is ``2**bits`` steps wide, from
@@ -99,13 +100,12 @@ def quantize_activations(
     """
     if isinstance(config, Mapping):
         config = ActivationsConfig.from_mapping(config)
-    layers = {
-        layer.name: network.node(layer.name).inputs[0] for layer in network.layers
-    }
-    first = [name for name, value in layers.items() if value == network.input_name]
-    chosen = config.quantized(list(layers), first)
+    layers = {layer.name: _source(network, layer.name) for layer in network.layers}
+    first = [x for x, (value, _) in layers.items() if value == network.input_name]
+    chosen = [layers[name] for name in config.quantized(list(layers), first)]
     # Several layers may read one value.
-    values = dict.fromkeys(layers[name] for name in chosen)
+    values = dict.fromkeys(value for value, _ in chosen)
+    readers = {reader for _, reader in chosen}
     quantizers = {value: quantizer_of(config) for value in values}
     if config.scheme in ("linear", "log2") and config.range == "percentile":
         for value, (least, magnitude) in _ranges(
@@ -122,7 +122,7 @@ def quantize_activations(
         added[value] = Node(name, quantizer[0], (value,), quantizer[1])
     nodes = [added[network.input_name]] if network.input_name in added else []
     for node in network.nodes:
-        if node.name in chosen:
+        if node.name in readers:
             node = replace(node, inputs=(added[node.inputs[0]].name,))
         nodes.append(node)
         if node.name in added:
@@ -135,6 +135,17 @@ def quantize_activations(
         input_name=network.input_name,
         metadata=network.metadata,
     )
+
+
+def _source(network: Network, layer: str) -> tuple[str, str]:
+    """Return the value that a layer reads, and which node reads it: dropout is none."""
+    reader = network.node(layer)
+    while (value := reader.inputs[0]) != network.input_name:
+        node = network.node(value)
+        if node.op != "dropout":
+            break
+        reader = node
+    return value, reader.name
 
 
 def _range_of(

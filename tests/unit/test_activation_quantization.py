@@ -121,6 +121,17 @@ def test_layers_are_chosen(choice: dict[str, Any], expected: list[str]) -> None:
     assert network.compile()(images()).shape == (40, 4)
 
 
+def test_dropout_sees_quantised_values() -> None:
+    builder = NetworkBuilder((4,))
+    builder.fc(6, name="fc1")
+    builder.add("relu", name="relu")
+    builder.add("dropout", rate=0.5, name="dropout")
+    builder.fc(3, name="fc2")
+    network = quantize_activations(builder.build(), LINEAR, builder.images(5))
+    assert network.node("fc2").inputs == ("dropout",)
+    assert network.node("dropout").inputs == ("relu_quantized",)
+
+
 def test_given_ranges_need_no_images() -> None:
     settings = {"scheme": "linear", "bits": 2, "range": "given", "low": -1, "high": 2}
     network = quantize_activations(chain(), settings)

@@ -288,7 +288,7 @@ def test_few_levels_are_stored_in_few_bits(digits: Dataset) -> None:
 
 def test_normalisation_follows_the_batches() -> None:
     builder = NetworkBuilder((6,))
-    builder.batch_norm(name="norm")
+    norm = builder.batch_norm()
     builder.fc(3)
     network = builder.build()
     examples = blobs(4000, 0)
@@ -298,7 +298,9 @@ def test_normalisation_follows_the_batches() -> None:
     moments = {"mean": examples.inputs.mean(0), "variance": examples.inputs.var(0)}
     for part, expected in moments.items():
         # A running average of about 20 batches.
-        np.testing.assert_allclose(trained.tensors[f"norm.{part}"], expected, atol=0.08)
+        np.testing.assert_allclose(
+            trained.tensors[f"{norm}.{part}"], expected, atol=0.08
+        )
 
 
 def test_latent_weights_stay_in_range_and_are_not_returned() -> None:
