@@ -73,6 +73,11 @@ class Log2Levels(NamedTuple):
     least: int
     most: int
 
+    @property
+    def threshold(self) -> np.float32:
+        """Least magnitude that is not rounded to 0; it may be subnormal."""
+        return np.float32(float(SQRT2) * 2.0 ** (self.least - 1))
+
     @classmethod
     def of(cls, bits: int, high: float) -> Log2Levels:
         """Return the levels: ``2**most = high`` and ``2**(bits - 1) - 1`` exponents.
@@ -205,8 +210,7 @@ def log2(
     if noise is None:
         exponents = exponents - (mantissas * 2 < SQRT2)
         power = np.ldexp(np.float32(1), np.clip(exponents, levels.least, levels.most))
-        zero = (magnitudes == 0) | (exponents < levels.least)
-        rounded = np.where(zero, np.float32(0), power)
+        rounded = np.where(magnitudes < levels.threshold, np.float32(0), power)
     else:
         # Floor and distance of the levels around each magnitude.
         floor = np.ldexp(np.float32(1), np.maximum(exponents - 1, levels.least))

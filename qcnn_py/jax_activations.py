@@ -85,8 +85,8 @@ def log2(
     mantissas, exponents = jnp.frexp(magnitudes)
     if key is None:
         exponents -= mantissas * 2 < SQRT2
-        zero = (magnitudes == 0) | (exponents < levels.least)
-        rounded = jnp.where(zero, 0, _power_of_two(exponents, levels))
+        powers = _power_of_two(exponents, levels)
+        rounded = jnp.where(magnitudes < levels.threshold, 0, powers)
     else:
         least = 2.0**levels.least
         floor = jnp.where(magnitudes < least, 0, _power_of_two(exponents - 1, levels))
