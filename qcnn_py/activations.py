@@ -89,7 +89,10 @@ class Log2Levels(NamedTuple):
             float32 number.
         """
         _check_bits(bits, 2, 8)
-        mantissa, exponent = frexp(high) if isfinite(high) else (0.0, 0)
+        # Attributes of networks are the shortest decimals of float32 numbers.
+        with np.errstate(over="ignore"):
+            largest = float(np.float32(high))
+        mantissa, exponent = frexp(largest) if isfinite(largest) else (0.0, 0)
         if mantissa != 0.5:
             raise ConfigError(f"high is {high}, expected a power of two")
         most = exponent - 1
@@ -100,6 +103,22 @@ class Log2Levels(NamedTuple):
                 f"{bits} bits, expected normal float32 numbers"
             )
         return cls(least, most)
+
+
+def is_sign(bits: int, low: float, high: float) -> bool:
+    """Return whether linear levels are those of the sign: one bit, -1 and 1.
+
+    Raises
+    ------
+    ConfigError
+        If there is one bit with another range.
+    """
+    if bits == 1 and (low, high) != (-1, 1):
+        raise ConfigError(
+            f"low is {low} and high is {high} with 1 bit, expected -1 and 1: one bit "
+            "is the sign"
+        )
+    return bits == 1
 
 
 def linear(
@@ -143,12 +162,7 @@ def linear(
     ShapeError
         If `x` does not hold floating-point numbers.
     """
-    if bits == 1:
-        if (low, high) != (-1, 1):
-            raise ConfigError(
-                f"low is {low} and high is {high} with 1 bit, expected -1 and 1: one "
-                "bit is the sign"
-            )
+    if is_sign(bits, low, high):
         return sign(x, noise)
     levels = LinearLevels.of(bits, low, high)
     values = _floats(x)

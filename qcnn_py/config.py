@@ -930,12 +930,10 @@ class ReportConfig(TitleConfig):
     )
 
 
-class PipelineConfig(Section):
-    """Quantise a trained network on real images and measure what it costs."""
+class ReplicatedConfig(Section):
+    """What runs on images have in common."""
 
-    kind: Literal["pipeline"] = Field(
-        default="pipeline", description="The whole chain on a data set."
-    )
+    kind: str
     seed: int = Field(
         default=0,
         ge=0,
@@ -946,11 +944,29 @@ class PipelineConfig(Section):
         default=1,
         ge=1,
         description=(
-            "Times the chain is run, each with its own seed and, where the data set "
+            "Times all of it is done, each with its own seed and, where the data set "
             "is split into folds, its own test fold."
         ),
     )
     dataset: DatasetConfig = Field(default=DigitsConfig(), description="The images.")
+
+    @model_validator(mode="after")
+    def _check_folds(self) -> Self:
+        folds = self.dataset.folds
+        if self.dataset.test_split == "folds" and self.replicates > folds:
+            raise ValueError(
+                f"replicates: got {self.replicates}, expected at most the {folds} "
+                "of dataset.folds"
+            )
+        return self
+
+
+class PipelineConfig(ReplicatedConfig):
+    """Quantise a trained network on real images and measure what it costs."""
+
+    kind: Literal["pipeline"] = Field(
+        default="pipeline", description="The whole chain on a data set."
+    )
     network: NetworkConfig = Field(
         default=TrainedNetworkConfig(), description="The network to quantise."
     )
@@ -982,11 +998,6 @@ class PipelineConfig(Section):
         default=BenchmarkConfig(), description="The speed test of the finished model."
     )
     report: ReportConfig = Field(default=ReportConfig(), description="The report.")
-
-    @model_validator(mode="after")
-    def _check_folds(self) -> Self:
-        _check_folds(self.replicates, self.dataset)
-        return self
 
     @model_validator(mode="after")
     def _check_layers(self) -> Self:
@@ -1023,28 +1034,13 @@ class CellConfig(Section):
     )
 
 
-class ComparisonConfig(Section):
+class ComparisonConfig(ReplicatedConfig):
     """Train a network from scratch, quantised in several ways, and compare them."""
 
     kind: Literal["activations"] = Field(
         default="activations",
         description="One network, trained with quantised weights and activations.",
     )
-    seed: int = Field(
-        default=0,
-        ge=0,
-        le=_LARGEST_SEED,
-        description="Seed of all random choices; replicate i uses seed + i.",
-    )
-    replicates: int = Field(
-        default=1,
-        ge=1,
-        description=(
-            "Times each network is trained, each with its own seed and, where the data "
-            "set is split into folds, its own test fold."
-        ),
-    )
-    dataset: DatasetConfig = Field(default=DigitsConfig(), description="The images.")
     network: TrainedNetworkConfig = Field(
         default=TrainedNetworkConfig(batch_norm=True),
         description=("The network; its weights and activations are those of the cell."),
@@ -1077,7 +1073,6 @@ class ComparisonConfig(Section):
 
     @model_validator(mode="after")
     def _check_cells(self) -> Self:
-        _check_folds(self.replicates, self.dataset)
         names = [layer.name for layer in self.network.layers(None)]
         for cell in self.cells:
             self.network_of(cell).activations.quantized(names, ())
@@ -1089,14 +1084,6 @@ class ComparisonConfig(Section):
                     f"network.{key}: got {got!r}, expected it in the cells alone"
                 )
         return self
-
-
-def _check_folds(replicates: int, dataset: DatasetConfig) -> None:
-    if dataset.test_split == "folds" and replicates > dataset.folds:
-        raise ValueError(
-            f"replicates: got {replicates}, expected at most the {dataset.folds} of "
-            "dataset.folds"
-        )
 
 
 def _published_settings(data: Mapping[str, Any]) -> QuantizeConfig:

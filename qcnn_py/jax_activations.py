@@ -13,8 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qcnn_py.activations import SQRT2, LinearLevels, Log2Levels
-from qcnn_py.errors import ConfigError
+from qcnn_py.activations import SQRT2, LinearLevels, Log2Levels, is_sign
 
 __all__ = ["linear", "log2", "sign"]
 
@@ -39,12 +38,7 @@ def linear(
     ConfigError
         As the NumPy reference.
     """
-    if bits == 1:
-        if (low, high) != (-1, 1):
-            raise ConfigError(
-                f"low is {low} and high is {high} with 1 bit, expected -1 and 1: one "
-                "bit is the sign"
-            )
+    if is_sign(bits, low, high):
         return sign(x, key)
     levels = LinearLevels.of(bits, low, high)
     # Of one number behind a barrier, or a constant, XLA would multiply by the
@@ -85,8 +79,9 @@ def log2(
     mantissas, exponents = jnp.frexp(magnitudes)
     if key is None:
         exponents -= mantissas * 2 < SQRT2
-        powers = _power_of_two(exponents, levels)
-        rounded = jnp.where(magnitudes < levels.threshold, 0, powers)
+        # Not by the threshold: it may be subnormal, which XLA takes for 0.
+        zero = (magnitudes == 0) | (exponents < levels.least)
+        rounded = jnp.where(zero, 0, _power_of_two(exponents, levels))
     else:
         least = 2.0**levels.least
         floor = jnp.where(magnitudes < least, 0, _power_of_two(exponents - 1, levels))
