@@ -1196,7 +1196,7 @@ def _cells_section(report: Mapping[str, Any]) -> Section:
             _bits(cell["scheme"], cell["activation_bits"]),
             "yes" if cell["noise"] else "no",
             _mean_spread(cell["top1"]),
-            _signed(-cell["points_lost"]["mean"]),
+            _signed(0.0 - cell["points_lost"]["mean"]),
             _bytes(cell["weight_bytes"]),
             _bytes(cell["file_bytes"]),
             _milliseconds(cell["milliseconds"]["median"]),
