@@ -21,6 +21,7 @@ wildcard_constraints:
     replicate=r"\d+",
     layer=r"[^/]+",
     shard=r"\d+",
+    cell=r"[^/]+",
     kind="conv|fc",
 
 
@@ -28,6 +29,7 @@ include: "workflow/rules/prepare.smk"
 include: "workflow/rules/quantize.smk"
 include: "workflow/rules/finetune.smk"
 include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/compare.smk"
 include: "workflow/rules/report.smk"
 
 

@@ -8,6 +8,7 @@ installs it.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from qcnn_py import activations
 from qcnn_py._engine import __version__
 from qcnn_py.errors import (
     ConfigError,
@@ -22,6 +23,7 @@ from qcnn_py.model import Model, available_isas, load
 from qcnn_py.network import LayerInfo, Network, Node, QuantizedWeights
 
 if TYPE_CHECKING:
+    from qcnn_py.activation_quantization import quantize_activations
     from qcnn_py.onnx_import import read_onnx
     from qcnn_py.product_quantizer import ProductQuantizer
     from qcnn_py.quantization import quantize
@@ -43,9 +45,11 @@ __all__ = [
     "ShapeError",
     "UnsupportedOperator",
     "__version__",
+    "activations",
     "available_isas",
     "load",
     "quantize",
+    "quantize_activations",
     "read_onnx",
     "read_reference",
     "write_reference",
@@ -55,6 +59,7 @@ __all__ = [
 _LAZY = {
     "ProductQuantizer": "qcnn_py.product_quantizer",
     "quantize": "qcnn_py.quantization",
+    "quantize_activations": "qcnn_py.activation_quantization",
     "read_onnx": "qcnn_py.onnx_import",
     "read_reference": "qcnn_py.reference_files",
     "write_reference": "qcnn_py.reference_files",

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qcnn_py.config import LayerSettings
+from qcnn_py.activation_quantization import quantizer_of
+from qcnn_py.config import ActivationsConfig, LayerSettings
 from qcnn_py.errors import ConfigError
 from qcnn_py.network import Network, Node, rounded_codebooks
 from qcnn_py.published_networks import published_network
@@ -17,6 +18,12 @@ from qcnn_py.published_networks import published_network
 __all__ = ["conv_fc", "drawn_network"]
 
 _DENSE = {"type": "dense"}
+
+NOT_QUANTIZED = ActivationsConfig()
+"""Activations in float32."""
+
+# Added to a variance before its root is taken.
+_NORM_EPSILON = 1e-4
 
 
 def conv_fc(
@@ -28,6 +35,8 @@ def conv_fc(
     kernel_size: int = 3,
     pool_after: Collection[int] | None = None,
     dropout: float = 0.5,
+    batch_norm: bool = False,
+    activations: ActivationsConfig = NOT_QUANTIZED,
     seed: int = 0,
     metadata: Mapping[str, Any] | None = None,
 ) -> Network:
@@ -37,6 +46,11 @@ def conv_fc(
     fully connected layer is followed by ReLU and dropout. Nodes are called
     ``conv1``, ``conv1_relu``, ``pool1``, … ``flatten``, ``fc1``, ``fc1_relu``,
     ``fc1_dropout``, … ``prob``.
+
+    With `batch_norm` layers have no bias, and every layer, or its pooling, is followed
+    by ``…_norm`` (as in BinaryNet: the largest of normalised values is not the largest
+    of the sums, whose scale may be negative). With `activations` a ReLU is followed by
+    ``…_quantized`` or replaced by ``…_sign``.
 
     Parameters
     ----------
@@ -54,7 +68,11 @@ def conv_fc(
         Numbers, from 1, of the convolutions followed by 2 x 2 max pooling; every one
         by default.
     dropout : float
-        Dropout rate.
+        Dropout rate; no node with 0.
+    batch_norm : bool
+        Whether batches are normalised.
+    activations : ActivationsConfig
+        How the inputs of all layers but the first are quantised.
     seed : int
         Seed of the parameters: weights normal with variance 2 / fan-in (He et al.,
         "Delving Deep into Rectifiers", 2015), biases zero.
@@ -64,8 +82,8 @@ def conv_fc(
     Raises
     ------
     ConfigError
-        If the kernel size is even, `pool_after` names no convolution or pooling
-        leaves nothing of the image.
+        If the kernel size is even, `pool_after` names no convolution, pooling
+        leaves nothing of the image, or `activations` name a layer that is not there.
     """
     if kernel_size % 2 == 0:
         raise ConfigError(f"kernel_size is {kernel_size}, expected an odd number")
@@ -92,7 +110,28 @@ def conv_fc(
 
     def draw(name: str, *shape: int) -> None:
         tensors[f"{name}.weight"] = _he_normal(shape, prod(shape[1:]), rng)
-        tensors[f"{name}.bias"] = np.zeros(shape[0], np.float32)
+        if not batch_norm:
+            tensors[f"{name}.bias"] = np.zeros(shape[0], np.float32)
+
+    def append_norm(name: str, n_features: int) -> None:
+        append(f"{name}_norm", "batch_norm", epsilon=_NORM_EPSILON)
+        for part, value in (("scale", 1), ("bias", 0), ("mean", 0), ("variance", 1)):
+            tensors[f"{name}_norm.{part}"] = np.full(n_features, value, np.float32)
+
+    layers = [f"conv{number}" for number in numbers]
+    layers += [f"fc{i + 1}" for i in range(len(fc_features) + 1)]
+    quantized = activations.quantized(layers, layers[:1])
+
+    def append_activation(name: str) -> None:
+        following = layers[layers.index(name) + 1]
+        if following not in quantized:
+            append(f"{name}_relu", "relu")
+        elif activations.scheme == "sign":
+            append(f"{name}_sign", "sign")
+        else:
+            append(f"{name}_relu", "relu")
+            op, attributes = quantizer_of(activations)
+            append(f"{name}_quantized", op, **attributes)
 
     for number, out_channels in zip(numbers, conv_channels, strict=True):
         name = f"conv{number}"
@@ -105,11 +144,12 @@ def conv_fc(
             padding=[kernel_size // 2] * 4,
             dilation=[1, 1],
             groups=1,
-            bias=True,
+            bias=not batch_norm,
             weights=_DENSE,
         )
         draw(name, out_channels, n_channels, kernel_size, kernel_size)
-        append(f"{name}_relu", "relu")
+        if not batch_norm:
+            append_activation(name)
         n_channels = out_channels
         if number in pooled:
             append(
@@ -121,16 +161,28 @@ def conv_fc(
                 ceil_mode=False,
             )
             height, width = height // 2, width // 2
+        if batch_norm:
+            append_norm(name, out_channels)
+            append_activation(name)
     append("flatten", "flatten")
     n_features = n_channels * height * width
     for number, out_features in enumerate((*fc_features, n_classes), start=1):
         name = f"fc{number}"
-        append(name, "fc", out_features=out_features, bias=True, weights=_DENSE)
+        append(
+            name,
+            "fc",
+            out_features=out_features,
+            bias=not batch_norm,
+            weights=_DENSE,
+        )
         draw(name, out_features, n_features)
         n_features = out_features
+        if batch_norm:
+            append_norm(name, out_features)
         if number <= len(fc_features):
-            append(f"{name}_relu", "relu")
-            append(f"{name}_dropout", "dropout", rate=dropout)
+            append_activation(name)
+            if dropout:
+                append(f"{name}_dropout", "dropout", rate=dropout)
     append("prob", "softmax")
     return Network(nodes, tensors, input_shape, metadata=metadata)
 

@@ -34,6 +34,8 @@ __all__ = [
     "benchmark",
     "describe_environment",
     "format_table",
+    "parameter_bytes",
+    "race",
 ]
 
 # Batches that a contender runs in a round, before the next one takes its turn. Each
@@ -124,15 +126,7 @@ def benchmark(
     QcnnError
         If a peer does not compute what the dense network does.
     """
-    counts = {
-        "repeats": repeats,
-        "batches": batches,
-        "batch_size": batch_size,
-        "threads": threads,
-    }
-    for name, count in counts.items():
-        if count < 1:
-            raise ConfigError(f"{name} is {count}, expected at least 1")
+    counts = _checked_counts(repeats, batches, batch_size, threads)
     if not precisions:
         raise ConfigError("precisions is empty, expected at least one")
     for key, names in (
@@ -202,8 +196,8 @@ def benchmark(
             "architecture": origin.get("architecture"),
             "parameters_drawn": origin.get("parameters") == "drawn",
             "input_shape": list(network.input_shape),
-            "dense_bytes": _parameter_bytes(dense.network),
-            "bytes": _parameter_bytes(network),
+            "dense_bytes": parameter_bytes(dense.network),
+            "bytes": parameter_bytes(network),
         },
         "contenders": [
             {
@@ -229,6 +223,92 @@ def benchmark(
         "layers": layers,
         "published": PUBLISHED.get(origin.get("architecture", "")),
     }
+
+
+def race(
+    networks: Mapping[str, Network],
+    images: npt.ArrayLike,
+    *,
+    repeats: int = 5,
+    batches: int = 100,
+    batch_size: int = 1,
+    warmup: int = 3,
+    threads: int = 1,
+    isa: str | None = None,
+) -> dict[str, Any]:
+    """Time networks against each other, as each of them is.
+
+    Parameters
+    ----------
+    networks : mapping of str to Network
+        All with the same input; the others are compared with the first.
+    images : array of float32, shape (N, C, H, W)
+        Preprocessed images, used in turn.
+    repeats, batches, batch_size, warmup, threads, isa
+        See :func:`benchmark`.
+
+    Returns
+    -------
+    dict
+        Plain JSON values, described under ``race`` in
+        ``workflow/schemas/report.schema.json``: ``settings``, ``environment`` and, by
+        name, ``milliseconds`` per image and ``speedup`` over the first.
+
+    Raises
+    ------
+    ConfigError
+        If a count is below 1 or the ISA is not available.
+    ShapeError
+        If `images` do not fit the networks.
+    """
+    counts = _checked_counts(repeats, batches, batch_size, threads)
+    inputs = _batches(next(iter(networks.values())), batch_size, images, 0)
+    with _pinned(threads) as cores:
+        models = {
+            name: network.compile("fast", isa, threads)
+            for name, network in networks.items()
+        }
+        contenders = [Contender(name, name, model) for name, model in models.items()]
+        with _no_garbage_collection():
+            times = np.stack(
+                [
+                    _take_turns(contenders, inputs, batches, warmup)
+                    for _ in range(repeats)
+                ],
+                axis=1,
+            )
+    rounds = _round_medians(times)
+    return {
+        "settings": {
+            **counts,
+            "warmup": warmup,
+            "isa": next(iter(models.values())).isa,
+            "cores": cores,
+        },
+        "environment": describe_environment(),
+        "contenders": {
+            name: {
+                "milliseconds": _statistics(times[row]),
+                "speedup": _ratio(rounds[0] / rounds[row]),
+            }
+            for row, name in enumerate(networks)
+        },
+    }
+
+
+def _checked_counts(
+    repeats: int, batches: int, batch_size: int, threads: int
+) -> dict[str, int]:
+    counts = {
+        "repeats": repeats,
+        "batches": batches,
+        "batch_size": batch_size,
+        "threads": threads,
+    }
+    for name, count in counts.items():
+        if count < 1:
+            raise ConfigError(f"{name} is {count}, expected at least 1")
+    return counts
 
 
 def describe_environment(packages: Sequence[str] = ()) -> dict[str, Any]:
@@ -516,8 +596,8 @@ def _layer_entry(
     }
 
 
-def _parameter_bytes(network: Network) -> int:
-    """Bytes of all parameters as a ``.qcnn`` file holds them."""
+def parameter_bytes(network: Network) -> int:
+    """Return the bytes of all parameters as a ``.qcnn`` file holds them."""
     layers = network.layers
     names = {layer.name for layer in layers}
     others = sum(

@@ -11,7 +11,7 @@ refused with the full path of the key and the closest known one.
 import difflib
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -27,6 +27,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from qcnn_py.activations import LinearLevels, Log2Levels
 from qcnn_py.dataset_config import DatasetConfig, DigitsConfig
 from qcnn_py.errors import ConfigError
 from qcnn_py.published_networks import published_network
@@ -496,6 +497,126 @@ def check_possible(settings: LayerSettings, layer: LayerShape) -> None:
         )
 
 
+class ActivationsConfig(Section):
+    """Quantisation of what the conv and fc layers read."""
+
+    scheme: Literal["none", "linear", "log2", "sign"] = Field(
+        default="none",
+        description=(
+            "none: float32. linear: evenly spaced levels. log2: zero, and plus and "
+            "minus powers of two. sign: plus and minus 1, one bit (BinaryNet)."
+        ),
+    )
+    bits: int = Field(
+        default=8,
+        ge=2,
+        le=16,
+        description="Bits of an activation: linear 2 to 16, log2 2 to 8; sign has one.",
+    )
+    range: Literal["percentile", "given"] = Field(
+        default="percentile",
+        description=(
+            "Where the range of each layer's inputs comes from (linear, log2): a "
+            "percentile of their values on training images, or low and high."
+        ),
+    )
+    percentile: float = Field(
+        default=99.99,
+        gt=50,
+        le=100,
+        description=(
+            "Values, of magnitudes where there are negative ones, that the range holds."
+        ),
+    )
+    calibration_images: int = Field(
+        default=200,
+        ge=1,
+        description="Training images (without labels) that the percentile is of.",
+    )
+    low: float = Field(
+        default=0.0, description="Lower end of a given range (linear only)."
+    )
+    high: float | None = Field(
+        default=None,
+        description="Upper end of a given range; with log2 a power of two.",
+    )
+    noise: bool = Field(
+        default=False,
+        description=(
+            "Add noise with mean zero, one step wide, before rounding, while the "
+            "network is trained."
+        ),
+    )
+    layers: tuple[str, ...] | None = Field(
+        default=None,
+        description=(
+            "Names of the layers whose inputs are quantised; null: all but those that "
+            "read the image."
+        ),
+    )
+    exclude: tuple[str, ...] = Field(
+        default=(), description="Names of layers whose inputs are left in float32."
+    )
+
+    @model_validator(mode="after")
+    def _check_range(self) -> Self:
+        if self.range == "percentile":
+            if self.low or self.high is not None:
+                raise ValueError("range: got percentile, expected given beside a range")
+        elif self.scheme in ("linear", "log2"):
+            if self.high is None:
+                raise ValueError("high: got none, expected a number with range: given")
+            self.levels(self.low, self.high)
+        if self.scheme == "log2" and self.bits > 8:
+            raise ValueError(f"bits: got {self.bits}, expected 2 to 8 with log2")
+        return self
+
+    def quantized(self, layers: Sequence[str], first: Collection[str]) -> list[str]:
+        """Return the names of the layers whose inputs are quantised.
+
+        Parameters
+        ----------
+        layers
+            Names of all conv and fc layers.
+        first
+            Those that read the image, which is quantised only on demand.
+
+        Raises
+        ------
+        ConfigError
+            If another layer is named.
+        """
+        for key, names in (("layers", self.layers or ()), ("exclude", self.exclude)):
+            for name in names:
+                if name not in layers:
+                    raise ConfigError(
+                        f"activations.{key}: got {name!r}, which the network does not "
+                        f"have{_suggestion(name, layers)}; its layers are "
+                        f"{', '.join(layers)}"
+                    )
+        if self.scheme == "none":
+            return []
+        chosen = self.layers
+        if chosen is None:
+            chosen = tuple(name for name in layers if name not in first)
+        return [name for name in chosen if name not in self.exclude]
+
+    def levels(self, low: float, high: float) -> LinearLevels | Log2Levels | None:
+        """Return the levels of a range, None if the scheme needs no range.
+
+        Raises
+        ------
+        ConfigError
+            If the scheme cannot have that range.
+        """
+        match self.scheme:
+            case "linear":
+                return LinearLevels.of(self.bits, low, high)
+            case "log2":
+                return Log2Levels.of(self.bits, high)
+        return None
+
+
 class DescentConfig(Section):
     """Gradient descent: step sizes, length, early stopping."""
 
@@ -609,6 +730,10 @@ class DistillConfig(DescentConfig):
     )
 
 
+WeightType = Literal["float", "binary", "linear"]
+"""What the weights of a trained network may be."""
+
+
 class TrainedNetworkConfig(Section):
     """A network that the workflow trains."""
 
@@ -617,7 +742,9 @@ class TrainedNetworkConfig(Section):
         default="conv_fc",
         description=(
             "conv_fc: convolutions, each with ReLU, some with 2x2 max pooling, then "
-            "fully connected layers. Layers are named conv1, conv2, … and fc1, fc2, …"
+            "fully connected layers. Layers are named conv1, conv2, … and fc1, fc2, … "
+            "With batch_norm there is a normalisation before each ReLU, behind "
+            "pooling, and behind the last layer."
         ),
     )
     conv_channels: tuple[Annotated[int, Field(ge=1)], ...] = Field(
@@ -648,9 +775,51 @@ class TrainedNetworkConfig(Section):
         lt=1,
         description="Dropout rate after each hidden fully connected layer.",
     )
+    batch_norm: bool = Field(
+        default=False,
+        description=(
+            "Normalise batches: before each ReLU, behind pooling, and behind the last "
+            "layer."
+        ),
+    )
+    weights: WeightType = Field(
+        default="float",
+        description=(
+            "float: float32. binary: plus and minus 1, one bit each in the file. "
+            "linear: 2**weight_bits evenly spaced levels from -1. Latent weights, "
+            "limited to the range of the levels, learn in the place of the last two, "
+            "which need batch_norm."
+        ),
+    )
+    weight_bits: int = Field(
+        default=8, ge=2, le=8, description="Bits of a weight (weights: linear only)."
+    )
+    activations: ActivationsConfig = Field(
+        default=ActivationsConfig(),
+        description=(
+            "Quantisation of what layers read, in training and in the trained network. "
+            "linear and log2 follow each ReLU, sign stands in its place and needs "
+            "batch_norm. A range is given, not a percentile."
+        ),
+    )
     training: OptimizerConfig = Field(
         default=OptimizerConfig(), description="How the network is trained."
     )
+
+    @model_validator(mode="after")
+    def _check_quantized(self) -> Self:
+        scheme = self.activations.scheme
+        if not self.batch_norm and (self.weights != "float" or scheme == "sign"):
+            raise ValueError(
+                f"batch_norm: got false, expected true with weights: {self.weights} "
+                f"and activations.scheme: {scheme}"
+            )
+        if scheme in ("linear", "log2") and self.activations.range != "given":
+            raise ValueError(
+                "activations.range: got percentile, expected given, for the range of a "
+                "network that is not trained yet"
+            )
+        return self
 
     def layers(self, n_classes: int | None) -> tuple[LayerShape, ...]:
         """Return the conv and fc layers, in order.
@@ -699,8 +868,8 @@ PeerName = Literal[
 ]
 
 
-class BenchmarkConfig(Section):
-    """The speed test: dense, quantised and peers in turns, in one process."""
+class TimingConfig(Section):
+    """How contenders are timed, in turns, in one process."""
 
     repeats: int = Field(
         default=5, ge=1, description="Times the whole measurement is done."
@@ -711,6 +880,11 @@ class BenchmarkConfig(Section):
         default=3, ge=0, description="Untimed batches before each repeat."
     )
     threads: int = Field(default=1, ge=1, description="Threads of each engine.")
+
+
+class BenchmarkConfig(TimingConfig):
+    """The speed test: dense, quantised and peers in turns, in one process."""
+
     precisions: tuple[PrecisionName, ...] = Field(
         default=("fast", "exact"),
         min_length=1,
@@ -740,23 +914,26 @@ class BenchmarkConfig(Section):
         return self
 
 
-class ReportConfig(Section):
-    """Contents of report.html."""
+class TitleConfig(Section):
+    """Heading of report.html."""
 
     title: str | None = Field(
         default=None, description="Heading; null uses the run's name."
     )
+
+
+class ReportConfig(TitleConfig):
+    """Contents of report.html."""
+
     example_images: int = Field(
         default=12, ge=0, description="Test images shown with their predictions."
     )
 
 
-class PipelineConfig(Section):
-    """Quantise a trained network on real images and measure what it costs."""
+class ReplicatedConfig(Section):
+    """What runs on images have in common."""
 
-    kind: Literal["pipeline"] = Field(
-        default="pipeline", description="The whole chain on a data set."
-    )
+    kind: str
     seed: int = Field(
         default=0,
         ge=0,
@@ -767,16 +944,41 @@ class PipelineConfig(Section):
         default=1,
         ge=1,
         description=(
-            "Times the chain is run, each with its own seed and, where the data set "
+            "Times all of it is done, each with its own seed and, where the data set "
             "is split into folds, its own test fold."
         ),
     )
     dataset: DatasetConfig = Field(default=DigitsConfig(), description="The images.")
+
+    @model_validator(mode="after")
+    def _check_folds(self) -> Self:
+        folds = self.dataset.folds
+        if self.dataset.test_split == "folds" and self.replicates > folds:
+            raise ValueError(
+                f"replicates: got {self.replicates}, expected at most the {folds} "
+                "of dataset.folds"
+            )
+        return self
+
+
+class PipelineConfig(ReplicatedConfig):
+    """Quantise a trained network on real images and measure what it costs."""
+
+    kind: Literal["pipeline"] = Field(
+        default="pipeline", description="The whole chain on a data set."
+    )
     network: NetworkConfig = Field(
         default=TrainedNetworkConfig(), description="The network to quantise."
     )
     quantize: QuantizeConfig = Field(
         default=QuantizeConfig(), description="How its layers are quantised."
+    )
+    activations: ActivationsConfig = Field(
+        default=ActivationsConfig(),
+        description=(
+            "Quantisation of what the layers of the trained network read, before its "
+            "weights are quantised, and in fine-tuning."
+        ),
     )
     finetune: OptimizerConfig = Field(
         default=OptimizerConfig(),
@@ -798,20 +1000,89 @@ class PipelineConfig(Section):
     report: ReportConfig = Field(default=ReportConfig(), description="The report.")
 
     @model_validator(mode="after")
-    def _check_folds(self) -> Self:
-        folds = self.dataset.folds
-        if self.dataset.test_split == "folds" and self.replicates > folds:
-            raise ValueError(
-                f"replicates: got {self.replicates}, expected at most the {folds} "
-                "of dataset.folds"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _check_layers(self) -> Self:
         # The layers of a file are known only when it is read.
         if isinstance(self.network, TrainedNetworkConfig):
-            self.quantize.plan(self.network.layers(self.dataset.known_classes))
+            layers = self.network.layers(self.dataset.known_classes)
+            self.quantize.plan(layers)
+            self.activations.quantized([layer.name for layer in layers], ())
+            if self.network.weights != "float":
+                raise ValueError(
+                    f"network.weights: got {self.network.weights}, expected float: "
+                    "they are going to be product-quantised"
+                )
+            if "none" not in (self.activations.scheme, self.network.activations.scheme):
+                raise ValueError(
+                    f"activations.scheme: got {self.activations.scheme} for a network "
+                    "trained with network.activations, expected one of them to be none"
+                )
+        return self
+
+
+class CellConfig(Section):
+    """How one of the networks that are compared is quantised."""
+
+    weights: WeightType = Field(
+        default="float", description="As network.weights of a pipeline."
+    )
+    weight_bits: int = Field(
+        default=8, ge=2, le=8, description="Bits of a weight (weights: linear only)."
+    )
+    activations: ActivationsConfig = Field(
+        default=ActivationsConfig(),
+        description="As network.activations of a pipeline.",
+    )
+
+
+class ComparisonConfig(ReplicatedConfig):
+    """Train a network from scratch, quantised in several ways, and compare them."""
+
+    kind: Literal["activations"] = Field(
+        default="activations",
+        description="One network, trained with quantised weights and activations.",
+    )
+    network: TrainedNetworkConfig = Field(
+        default=TrainedNetworkConfig(batch_norm=True),
+        description=("The network; its weights and activations are those of the cell."),
+    )
+    cells: dict[RunName, CellConfig] = Field(
+        min_length=2,
+        description=(
+            "What is compared, by name; the first one is what the others are compared "
+            "with."
+        ),
+    )
+    benchmark: TimingConfig = Field(
+        default=TimingConfig(), description="The speed test of the trained networks."
+    )
+    report: TitleConfig = Field(default=TitleConfig(), description="The report.")
+
+    def network_of(self, cell: str) -> TrainedNetworkConfig:
+        """Return the settings of the network of a cell.
+
+        Raises
+        ------
+        ConfigError
+            If the network cannot be quantised like that.
+        """
+        base, own = self.network.model_dump(), self.cells[cell].model_dump()
+        try:
+            return TrainedNetworkConfig.from_mapping(base | own)
+        except ConfigError as error:
+            raise ConfigError(f"cells.{cell}.{error}") from error
+
+    @model_validator(mode="after")
+    def _check_cells(self) -> Self:
+        names = [layer.name for layer in self.network.layers(None)]
+        for cell in self.cells:
+            self.network_of(cell).activations.quantized(names, ())
+        untouched = CellConfig()
+        for key in CellConfig.model_fields:
+            got = getattr(self.network, key)
+            if got != getattr(untouched, key):
+                raise ValueError(
+                    f"network.{key}: got {got!r}, expected it in the cells alone"
+                )
         return self
 
 
@@ -886,7 +1157,9 @@ class SpeedConfig(Section):
         return self
 
 
-RunConfig = Annotated[PipelineConfig | SpeedConfig, Field(discriminator="kind")]
+RunConfig = Annotated[
+    PipelineConfig | SpeedConfig | ComparisonConfig, Field(discriminator="kind")
+]
 
 
 class Config(Section):

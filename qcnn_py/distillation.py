@@ -18,7 +18,7 @@ import numpy.typing as npt
 from qcnn_py.augmentation import augmented
 from qcnn_py.config import DistillConfig
 from qcnn_py.errors import DatasetError, ShapeError
-from qcnn_py.fitting import NOT_LEARNT, mean_over_batches, minimize, without_softmax
+from qcnn_py.fitting import NOT_LEARNT, Descent, mean_over_batches, without_softmax
 from qcnn_py.jax_graph import Parameters, decoding_function, values_function
 from qcnn_py.network import FloatArray, Network, rounded_codebooks
 
@@ -48,7 +48,7 @@ def distill_codebooks(
     original : Network
         Dense; its outputs are what is wanted.
     quantized : Network
-        The same nodes, some of them quantised.
+        The same nodes, some of them quantised, and quantisers of activations.
     images : ndarray of float32, shape (N, C, H, W)
         Preprocessed images, at least two.
     config : DistillConfig
@@ -63,7 +63,8 @@ def distill_codebooks(
         they are stored, with the lowest loss on the held-out images. That may be
         `quantized` itself.
     history : dict
-        See `qcnn_py.fitting.fit`; ``validation_loss`` is that on the held-out images.
+        See `qcnn_py.fitting.Training.fit`; ``validation_loss`` is that on the held-out
+        images.
 
     Raises
     ------
@@ -77,8 +78,10 @@ def distill_codebooks(
         If the loss becomes infinite or NaN.
     """
     teacher, student = without_softmax(original), without_softmax(quantized)
+    wanted_shapes = dict(teacher.shapes)
+    shapes = {k: v for k, v in student.shapes.items() if k in wanted_shapes}
     for what, got, expected in (
-        ("quantised network has values of shape", _shapes(student), _shapes(teacher)),
+        ("quantised network has values of shape", shapes, wanted_shapes),
         ("images have shape", images.shape[1:], teacher.input_shape),
     ):
         if got != expected:
@@ -111,8 +114,12 @@ def distill_codebooks(
     parameters = {k: v for k, v in student.tensors.items() if not k.endswith(".codes")}
     fixed = {k: v for k, v in parameters.items() if k.endswith(NOT_LEARNT)}
     scales = {k: _scale(v) for k, v in parameters.items() if k not in fixed}
-    read = {student.node(layer.name).inputs[0] for layer in student.layers}
-    read -= {student.input_name}
+    # What each layer reads, in both: with activations quantised it has another name.
+    read = {
+        tuple(network.node(layer.name).inputs[0] for network in (student, teacher))
+        for layer in student.layers
+    }
+    read -= {(student.input_name, teacher.input_name)}
 
     def distance(parameters: Parameters, x: jax.Array) -> jax.Array:
         wanted = wanted_values(teacher_parameters, x, None)
@@ -125,17 +132,20 @@ def distill_codebooks(
         )
         divergence = jnp.sum(jnp.exp(p) * (p - q), axis=1).mean()
         loss = divergence * config.temperature**2
-        for value in sorted(read):
-            error = jnp.sum(jnp.square(got[value] - wanted[value]))
-            share = error / (jnp.sum(jnp.square(wanted[value])) + _TINY)
+        for value, original_value in sorted(read):
+            target = wanted[original_value]
+            error = jnp.sum(jnp.square(got[value] - target))
+            share = error / (jnp.sum(jnp.square(target)) + _TINY)
             loss += config.response_weight / len(read) * share
         return loss
 
     def absolute(learnt: Parameters) -> dict[str, Any]:
         return fixed | {name: array * scales[name] for name, array in learnt.items()}
 
-    def loss(learnt: Parameters, _: jax.Array, x: jax.Array) -> jax.Array:
-        return distance(absolute(learnt), x)
+    def loss(
+        learnt: Parameters, _: jax.Array, x: jax.Array
+    ) -> tuple[jax.Array, Parameters]:
+        return distance(absolute(learnt), x), {}
 
     def stored(learnt: Parameters) -> dict[str, npt.NDArray[Any]]:
         tensors = {name: np.asarray(array) for name, array in absolute(learnt).items()}
@@ -154,24 +164,18 @@ def distill_codebooks(
         )
         return {"validation_loss": value}
 
-    best, history = minimize(
-        loss,
+    best, history = Descent(loss, config).minimize(
         {k: jnp.asarray(parameters[k] / scale) for k, scale in scales.items()},
         n_examples=len(lessons),
         batch=lambda chosen, rng: (
             augmented(lessons[chosen], config.flip, config.shift, rng),
         ),
         validate=validate,
-        config=config,
         seed=seed,
     )
     if not history["best_epoch"]:
         return quantized, history
     return quantized.replace(tensors=stored(best)), history
-
-
-def _shapes(network: Network) -> dict[str, tuple[int, ...]]:
-    return dict(network.shapes)
 
 
 def _scale(array: npt.NDArray[Any]) -> np.float32:

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from qcnn_py.activation_quantization import QUANTIZERS
 from qcnn_py.artefacts import load_arrays, save_arrays
 from qcnn_py.config import OptimizerConfig
 from qcnn_py.dataset_sources import SplitName
@@ -113,7 +114,11 @@ def extract_features(network: Network, dataset: Dataset, threads: int = 1) -> Fe
 
 
 def finetune_fc(
-    network: Network, features: Features, config: OptimizerConfig, seed: int
+    network: Network,
+    features: Features,
+    config: OptimizerConfig,
+    seed: int,
+    noise: bool = False,
 ) -> tuple[Network, dict[str, Any]]:
     """Train what follows the features; everything before stays as it is.
 
@@ -126,14 +131,16 @@ def finetune_fc(
     config : OptimizerConfig
         Optimiser, schedule, regularisation, early stopping.
     seed : int
-        Seed of the order of the images and of dropout.
+        Seed of the order of the images, of dropout and noise.
+    noise : bool
+        Whether quantised activations get noise in training.
 
     Returns
     -------
     network : Network
         The network with new fully connected layers.
     history : dict
-        See `qcnn_py.fitting.fit`.
+        See `qcnn_py.fitting.Training.fit`.
 
     Raises
     ------
@@ -152,17 +159,24 @@ def finetune_fc(
             f"{expected[0]!r} with shape {expected[1]}"
         )
     tail = network.subgraph(value)
-    trained, history = fit(tail, features.train, features.validation, config, seed)
+    trained, history = fit(
+        tail, features.train, features.validation, config, seed, noise=noise
+    )
     return network.replace(tensors=trained.tensors), history
 
 
 def _tail_input(network: Network) -> str:
-    """Return the value in front of the first fully connected layer and its dropout."""
+    """Return the value that the first fully connected layer reads.
+
+    It is the value in front of its dropout and of the quantiser of its inputs, both of
+    which change in training.
+    """
     if not network.fc_layers:
         raise ConfigError(
             "the network has no fully connected layer, expected one to fine-tune"
         )
     value = network.node(network.fc_layers[0]).inputs[0]
-    while value != network.input_name and network.node(value).op == "dropout":
+    changing = ("dropout", *QUANTIZERS)
+    while value != network.input_name and network.node(value).op in changing:
         value = network.node(value).inputs[0]
     return value

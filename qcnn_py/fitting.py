@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import jax
@@ -18,25 +19,31 @@ import numpy as np
 import numpy.typing as npt
 import optax
 
+from qcnn_py import jax_activations
 from qcnn_py.config import DescentConfig, OptimizerConfig
 from qcnn_py.errors import ConfigError, QcnnError
-from qcnn_py.jax_graph import Parameters, forward_function
+from qcnn_py.jax_graph import Parameters, batch_moments, values_function
 from qcnn_py.network import FloatArray, Network
 
 __all__ = [
     "NOT_LEARNT",
+    "Descent",
     "Examples",
+    "LatentWeights",
+    "Training",
     "build_optimizer",
     "build_schedule",
     "fit",
     "mean_over_batches",
-    "minimize",
     "without_softmax",
 ]
 
 logger = logging.getLogger(__name__)
 
 _VALIDATION_BATCH = 1000
+
+# Share of a batch in the running averages of batch normalisation.
+_NEW_SHARE = 0.1
 
 # Statistics of batch normalisation: not changed by gradients.
 NOT_LEARNT = (".mean", ".variance")
@@ -59,6 +66,219 @@ class Examples:
     labels: npt.NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class LatentWeights:
+    """Weights of a few levels, by those that learn in their place.
+
+    A small step may change a latent weight by less than what separates two levels; the
+    gradient passes through the rounding (Courbariaux et al., "BinaryConnect", 2015).
+
+    Attributes
+    ----------
+    bits : int
+        1: the sign. More: ``2**bits`` levels ``q * 2**(1 - bits)``, `q` from
+        ``-2**(bits - 1)`` to ``2**(bits - 1) - 1``, see
+        :func:`qcnn_py.activations.linear`. Latent weights stay in the range of the
+        levels.
+    """
+
+    bits: int
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Lowest and highest level."""
+        return (-1.0, 1.0 - 2.0 ** (1 - self.bits)) if self.bits > 1 else (-1.0, 1.0)
+
+    def used(self, parameters: Parameters) -> Parameters:
+        """Return parameters with the weights that the network computes with."""
+        low, high = self.limits
+        return self._changed(
+            parameters, lambda x: jax_activations.linear(x, self.bits, low, high)
+        )
+
+    def constrained(self, parameters: Parameters) -> Parameters:
+        """Return parameters with latent weights in the range of the levels."""
+        return self._changed(parameters, lambda x: jnp.clip(x, *self.limits))
+
+    @staticmethod
+    def _changed(
+        parameters: Parameters, change: Callable[[jax.Array], jax.Array]
+    ) -> Parameters:
+        return {
+            name: change(array) if name.endswith(".weight") else array
+            for name, array in parameters.items()
+        }
+
+
+def _unchanged(parameters: Parameters) -> Parameters:
+    return parameters
+
+
+class Training:
+    """Training of networks that differ in their parameters alone.
+
+    They minimise the cross-entropy of the output. What JAX compiles is compiled once.
+
+    Parameters
+    ----------
+    network : Network
+        Dense; its output are class probabilities (softmax) or logits.
+    config : OptimizerConfig
+        Optimiser, schedule, regularisation, early stopping.
+    latent : LatentWeights, optional
+        How the weights that the network computes with come from those that learn; they
+        are the same by default.
+    noise : bool
+        Whether quantised activations get noise in training.
+    normalize_batches : bool
+        Whether batch normalisation uses the mean and variance of each batch in
+        training, and learns the running averages of both. By default they stay as they
+        are.
+
+    Raises
+    ------
+    ConfigError
+        If a layer is quantised.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        config: OptimizerConfig,
+        *,
+        latent: LatentWeights | None = None,
+        noise: bool = False,
+        normalize_batches: bool = False,
+    ) -> None:
+        trained = _with_dropout(without_softmax(network), config.dropout)
+        compute = values_function(
+            trained, noise=noise, normalize_batches=normalize_batches
+        )
+        norms = [node for node in trained.nodes if node.op == "batch_norm"]
+        used = latent.used if latent else _unchanged
+
+        def losses(scores: jax.Array, labels: jax.Array) -> jax.Array:
+            flat = scores.reshape(len(labels), -1)
+            each: jax.Array = optax.softmax_cross_entropy_with_integer_labels(
+                flat, labels
+            )
+            return each
+
+        def loss(
+            learnt: Parameters,
+            key: jax.Array,
+            fixed: Parameters,
+            x: jax.Array,
+            labels: jax.Array,
+        ) -> tuple[jax.Array, dict[str, jax.Array]]:
+            values = compute(used({**fixed, **learnt}), x, key)
+            averages = {}
+            for norm in norms if normalize_batches else ():
+                for part, moment in batch_moments(values[norm.inputs[0]]).items():
+                    name = f"{norm.name}.{part}"
+                    averages[name] = learnt[name] + _NEW_SHARE * (moment - learnt[name])
+            return losses(values[trained.output], labels).mean(), averages
+
+        def assess(
+            parameters: Parameters, x: jax.Array, labels: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
+            values = compute(used(parameters), x, None)
+            scores = values[trained.output].reshape(len(x), -1)
+            hits = scores.argmax(axis=1) == labels
+            return losses(scores, labels).mean(), hits.mean()
+
+        self._config = config
+        self._used = used
+        self._fixed = () if normalize_batches else NOT_LEARNT
+        self._assess = jax.jit(assess)
+        self._descent = Descent(
+            loss,
+            config,
+            weight_decay=config.weight_decay,
+            constrain=latent.constrained if latent else _unchanged,
+        )
+
+    def fit(
+        self,
+        network: Network,
+        train: Examples,
+        validation: Examples,
+        seed: int,
+        prepare: Callable[[npt.NDArray[Any]], FloatArray] | None = None,
+    ) -> tuple[Network, dict[str, Any]]:
+        """Train a network.
+
+        Every epoch visits the training examples once in a new order, except for those
+        that do not fill a last batch.
+
+        Parameters
+        ----------
+        network : Network
+            The graph of the network that this object was made for.
+        train, validation : Examples
+            To learn from, and to watch; `validation` may be empty if
+            ``config.patience`` is 0.
+        seed : int
+            Seed of the order of the examples, of dropout and noise.
+        prepare : callable, optional
+            Makes network inputs of a batch of ``inputs``.
+
+        Returns
+        -------
+        network : Network
+            The same graph with new parameters: the last ones, or with early stopping
+            those of the epoch with the lowest validation loss. Weights are those that
+            the network computes with.
+        history : dict
+            ``epochs``: per epoch its number, ``learning_rate`` at its end, mean
+            ``train_loss`` and, with validation examples, ``validation_loss`` and
+            ``validation_accuracy`` (0 to 1); the same two under ``initial`` for the
+            parameters before; ``best_epoch``: the one whose parameters were kept, 0
+            for the initial ones; ``stopped_early``.
+
+        Raises
+        ------
+        ConfigError
+            If early stopping lacks validation examples.
+        QcnnError
+            If the loss becomes infinite or NaN.
+        """
+        patience = self._config.patience
+        if patience and not len(validation.labels):
+            raise ConfigError(
+                f"patience is {patience} without validation images, expected 0, or "
+                "dataset.validation above 0"
+            )
+        parameters = {name: jnp.asarray(x) for name, x in network.tensors.items()}
+        fixed = {k: v for k, v in parameters.items() if k.endswith(self._fixed)}
+        learnt = {k: v for k, v in parameters.items() if k not in fixed}
+
+        def batch(examples: Examples, chosen: Any) -> tuple[Any, Any]:
+            inputs = examples.inputs[chosen]
+            return prepare(inputs) if prepare else inputs, examples.labels[chosen]
+
+        def validate(learnt: Parameters) -> dict[str, float]:
+            if not len(validation.labels):
+                return {}
+            loss, accuracy = mean_over_batches(
+                lambda part: self._assess(
+                    {**fixed, **learnt}, *batch(validation, part)
+                ),
+                len(validation.labels),
+            )
+            return {"validation_loss": loss, "validation_accuracy": accuracy}
+
+        best, history = self._descent.minimize(
+            learnt,
+            n_examples=len(train.labels),
+            batch=lambda chosen, _: (fixed, *batch(train, chosen)),
+            validate=validate,
+            seed=seed,
+        )
+        tensors = {name: np.asarray(array) for name, array in self._used(best).items()}
+        return network.replace(tensors=tensors), history
+
+
 def fit(
     network: Network,
     train: Examples,
@@ -66,207 +286,152 @@ def fit(
     config: OptimizerConfig,
     seed: int,
     *,
-    prepare: Callable[[npt.NDArray[Any]], FloatArray] | None = None,
+    noise: bool = False,
 ) -> tuple[Network, dict[str, Any]]:
-    """Minimise the cross-entropy of a network's output over its parameters.
+    """Train one network, whose batch normalisation stays as it is.
 
-    Every epoch visits the training examples once in a new order, except for those
-    that do not fill a last batch. The mean and variance of batch normalisation stay
-    as they are.
-
-    Parameters
-    ----------
-    network : Network
-        Dense; its output are class probabilities (softmax) or logits.
-    train, validation : Examples
-        To learn from, and to watch; `validation` may be empty if ``config.patience``
-        is 0.
-    config : OptimizerConfig
-        Optimiser, schedule, regularisation, early stopping.
-    seed : int
-        Seed of the order of the examples and of dropout.
-    prepare : callable, optional
-        Makes network inputs of a batch of ``inputs``.
-
-    Returns
-    -------
-    network : Network
-        The same graph with new parameters: the last ones, or with early stopping
-        those of the epoch with the lowest validation loss.
-    history : dict
-        ``epochs``: per epoch its number, ``learning_rate`` at its end, mean
-        ``train_loss`` and, with validation examples, ``validation_loss`` and
-        ``validation_accuracy`` (0 to 1); the same two under ``initial`` for the
-        parameters before; ``best_epoch``: the one whose parameters were kept, 0 for
-        the initial ones; ``stopped_early``.
-
-    Raises
-    ------
-    ConfigError
-        If early stopping lacks validation examples, or a layer is quantised.
-    QcnnError
-        If the loss becomes infinite or NaN.
+    Parameters, results and errors are those of :class:`Training` and its ``fit``.
     """
-    if config.patience and not len(validation.labels):
-        raise ConfigError(
-            f"patience is {config.patience} without validation images, expected 0, or "
-            "dataset.validation above 0"
-        )
-    logits = forward_function(_with_dropout(without_softmax(network), config.dropout))
-    parameters = {name: jnp.asarray(array) for name, array in network.tensors.items()}
-    fixed = {k: v for k, v in parameters.items() if k.endswith(NOT_LEARNT)}
-    learnt = {k: v for k, v in parameters.items() if k not in fixed}
-
-    def losses(
-        learnt: Parameters, x: jax.Array, labels: jax.Array, key: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array]:
-        scores = logits({**fixed, **learnt}, x, key).reshape(len(x), -1)
-        each = optax.softmax_cross_entropy_with_integer_labels(scores, labels)
-        return each.mean(), (scores.argmax(axis=1) == labels).mean()
-
-    def loss(
-        learnt: Parameters, key: jax.Array, x: jax.Array, labels: jax.Array
-    ) -> jax.Array:
-        return losses(learnt, x, labels, key)[0]
-
-    @jax.jit
-    def assess(
-        learnt: Parameters, x: jax.Array, labels: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        return losses(learnt, x, labels, None)
-
-    def batch(examples: Examples, chosen: Any) -> tuple[Any, Any]:
-        inputs = examples.inputs[chosen]
-        return prepare(inputs) if prepare else inputs, examples.labels[chosen]
-
-    def validate(learnt: Parameters) -> dict[str, float]:
-        if not len(validation.labels):
-            return {}
-        loss, accuracy = mean_over_batches(
-            lambda part: assess(learnt, *batch(validation, part)),
-            len(validation.labels),
-        )
-        return {"validation_loss": loss, "validation_accuracy": accuracy}
-
-    best, history = minimize(
-        loss,
-        learnt,
-        n_examples=len(train.labels),
-        batch=lambda chosen, _: batch(train, chosen),
-        validate=validate,
-        config=config,
-        weight_decay=config.weight_decay,
-        seed=seed,
-    )
-    tensors = {name: np.asarray(array) for name, array in best.items()}
-    return network.replace(tensors=tensors), history
+    training = Training(network, config, noise=noise)
+    return training.fit(network, train, validation, seed)
 
 
-def minimize(
-    loss: Callable[..., jax.Array],
-    parameters: Parameters,
-    *,
-    n_examples: int,
-    batch: Callable[[npt.NDArray[np.intp], np.random.Generator], tuple[Any, ...]],
-    validate: Callable[[Parameters], dict[str, float]],
-    config: DescentConfig,
-    weight_decay: float = 0.0,
-    seed: int,
-) -> tuple[Parameters, dict[str, Any]]:
-    """Descend on a loss; every epoch visits the examples once in a new order.
-
-    Examples that do not fill a last batch are left out of an epoch.
+class Descent:
+    """Gradient descent on a loss, compiled once for any number of starts.
 
     Parameters
     ----------
     loss : callable
-        ``loss(parameters, key, *arrays)``: scalar, differentiable; `key` is a new
+        ``loss(parameters, key, *arrays)``: a scalar, differentiable, and new values
+        of parameters that it does not depend on (running averages); `key` is a new
         random key for each step.
-    parameters : mapping of str to array
-        Where to start.
-    n_examples : int
-        Number of examples.
-    batch : callable
-        ``batch(numbers, rng)``: the arrays of the examples with these numbers.
-    validate : callable
-        Measures of some parameters, ``validation_loss`` among them, or none.
     config : DescentConfig
         Optimiser, schedule, early stopping.
     weight_decay : float
         Decoupled decay of the parameters called ``*.weight``.
-    seed : int
-        Seed of the order, of `batch` and of the keys.
-
-    Returns
-    -------
-    parameters : mapping of str to array
-        The last ones, or with early stopping those of the lowest validation loss.
-    history : dict
-        See `fit`.
-
-    Raises
-    ------
-    QcnnError
-        If the loss becomes infinite or NaN.
+    constrain : callable
+        Brings parameters back to where they may be, after each step.
     """
-    batch_size = min(config.batch_size, n_examples)
-    n_steps = n_examples // batch_size
-    schedule = build_schedule(config, n_steps)
-    optimizer = build_optimizer(config, schedule, weight_decay)
-    state = optimizer.init(parameters)
-    key = jax.random.key(seed)
 
-    @jax.jit
-    def step(
-        parameters: Parameters, state: Any, number: int, *arrays: Any
-    ) -> tuple[Parameters, Any, jax.Array]:
-        value, gradient = jax.value_and_grad(loss)(
-            parameters, jax.random.fold_in(key, number), *arrays
-        )
-        updates, state = optimizer.update(gradient, state, parameters)
-        return optax.apply_updates(parameters, updates), state, value
+    def __init__(
+        self,
+        loss: Callable[..., tuple[jax.Array, Parameters]],
+        config: DescentConfig,
+        *,
+        weight_decay: float = 0.0,
+        constrain: Callable[[Parameters], Parameters] = _unchanged,
+    ) -> None:
+        self._config = config
 
-    rng = np.random.default_rng(seed)
-    initial = validate(parameters)
-    if initial:
-        logger.info("before: %s", _shown(initial))
-    epochs: list[dict[str, float]] = []
-    best_epoch, best = 0, parameters
-    best_loss = initial.get("validation_loss", math.inf)
-    for epoch in range(1, config.epochs + 1):
-        order = rng.permutation(n_examples)[: n_steps * batch_size]
-        step_losses: list[jax.Array] = []
-        for chosen in order.reshape(n_steps, batch_size):
-            number = (epoch - 1) * n_steps + len(step_losses)
-            parameters, state, value = step(
-                parameters, state, number, *batch(chosen, rng)
-            )
-            step_losses.append(value)
-        entry: dict[str, float] = {
-            "epoch": epoch,
-            "learning_rate": float(schedule(epoch * n_steps)),
-            "train_loss": float(np.mean(step_losses, dtype=np.float64)),
-            **validate(parameters),
+        def compiled(n_steps: int) -> tuple[Any, ...]:
+            schedule = build_schedule(config, n_steps)
+            optimizer = build_optimizer(config, schedule, weight_decay)
+
+            @jax.jit
+            def step(
+                parameters: Parameters,
+                state: Any,
+                key: jax.Array,
+                number: int,
+                *arrays: Any,
+            ) -> tuple[Parameters, Any, jax.Array]:
+                (value, averages), gradient = jax.value_and_grad(loss, has_aux=True)(
+                    parameters, jax.random.fold_in(key, number), *arrays
+                )
+                updates, state = optimizer.update(gradient, state, parameters)
+                moved = {**optax.apply_updates(parameters, updates), **averages}
+                return constrain(moved), state, value
+
+            return schedule, optimizer, step
+
+        # The step size depends on the number of steps in an epoch.
+        self._steps = cache(compiled)
+
+    def minimize(
+        self,
+        parameters: Parameters,
+        *,
+        n_examples: int,
+        batch: Callable[[npt.NDArray[np.intp], np.random.Generator], tuple[Any, ...]],
+        validate: Callable[[Parameters], dict[str, float]],
+        seed: int,
+    ) -> tuple[Parameters, dict[str, Any]]:
+        """Descend; every epoch visits the examples once in a new order.
+
+        Examples that do not fill a last batch are left out of an epoch.
+
+        Parameters
+        ----------
+        parameters : mapping of str to array
+            Where to start.
+        n_examples : int
+            Number of examples.
+        batch : callable
+            ``batch(numbers, rng)``: the arrays of the examples with these numbers.
+        validate : callable
+            Measures of some parameters, ``validation_loss`` among them, or none.
+        seed : int
+            Seed of the order, of `batch` and of the keys.
+
+        Returns
+        -------
+        parameters : mapping of str to array
+            The last ones, or with early stopping those of the lowest validation loss.
+        history : dict
+            See :meth:`Training.fit`.
+
+        Raises
+        ------
+        QcnnError
+            If the loss becomes infinite or NaN.
+        """
+        config = self._config
+        batch_size = min(config.batch_size, n_examples)
+        n_steps = n_examples // batch_size
+        schedule, optimizer, step = self._steps(n_steps)
+        state = optimizer.init(parameters)
+        key = jax.random.key(seed)
+        rng = np.random.default_rng(seed)
+        initial = validate(parameters)
+        if initial:
+            logger.info("before: %s", _shown(initial))
+        epochs: list[dict[str, float]] = []
+        best_epoch, best = 0, parameters
+        best_loss = initial.get("validation_loss", math.inf)
+        for epoch in range(1, config.epochs + 1):
+            order = rng.permutation(n_examples)[: n_steps * batch_size]
+            step_losses: list[jax.Array] = []
+            for chosen in order.reshape(n_steps, batch_size):
+                number = (epoch - 1) * n_steps + len(step_losses)
+                parameters, state, value = step(
+                    parameters, state, key, number, *batch(chosen, rng)
+                )
+                step_losses.append(value)
+            entry: dict[str, float] = {
+                "epoch": epoch,
+                "learning_rate": float(schedule(epoch * n_steps)),
+                "train_loss": float(np.mean(step_losses, dtype=np.float64)),
+                **validate(parameters),
+            }
+            epochs.append(entry)
+            logger.info(_shown(entry))
+            if not all(map(math.isfinite, entry.values())):
+                raise QcnnError(
+                    f"training diverged: {entry}, expected finite losses; a lower "
+                    "learning_rate or some warmup_epochs may help"
+                )
+            if not config.patience or entry["validation_loss"] < best_loss:
+                best_epoch, best = epoch, parameters
+                best_loss = entry.get("validation_loss", best_loss)
+            elif epoch - best_epoch >= config.patience:
+                break
+        history = {
+            "initial": initial,
+            "epochs": epochs,
+            "best_epoch": best_epoch,
+            "stopped_early": len(epochs) < config.epochs,
         }
-        epochs.append(entry)
-        logger.info(_shown(entry))
-        if not all(map(math.isfinite, entry.values())):
-            raise QcnnError(
-                f"training diverged: {entry}, expected finite losses; a lower "
-                "learning_rate or some warmup_epochs may help"
-            )
-        if not config.patience or entry["validation_loss"] < best_loss:
-            best_epoch, best = epoch, parameters
-            best_loss = entry.get("validation_loss", best_loss)
-        elif epoch - best_epoch >= config.patience:
-            break
-    history = {
-        "initial": initial,
-        "epochs": epochs,
-        "best_epoch": best_epoch,
-        "stopped_early": len(epochs) < config.epochs,
-    }
-    return best, history
+        return best, history
 
 
 def _shown(measures: Mapping[str, float]) -> str:

@@ -12,19 +12,18 @@ import numpy as np
 import numpy.typing as npt
 from jax import lax
 
+from qcnn_py import jax_activations
 from qcnn_py.errors import ConfigError
 from qcnn_py.network import Network, decode
 
 __all__ = [
-    "Forward",
     "Parameters",
+    "batch_moments",
     "decoding_function",
-    "forward_function",
     "values_function",
 ]
 
 Parameters = Mapping[str, jax.Array]
-Forward = Callable[[Parameters, jax.Array, jax.Array | None], jax.Array]
 
 # Groups of a convolution that are computed one by one.
 _MOST_PARTS = 8
@@ -33,37 +32,8 @@ _Attributes = Mapping[str, Any]
 _Operation = Callable[[_Attributes, Sequence[jax.Array], Parameters], jax.Array]
 
 
-def forward_function(network: Network) -> Forward:
-    """Return the function that the network computes.
-
-    Parameters
-    ----------
-    network : Network
-        All layers dense.
-
-    Returns
-    -------
-    callable
-        ``forward(parameters, x, dropout_key)``: the network's output; arguments as in
-        `values_function`.
-
-    Raises
-    ------
-    ConfigError
-        As `values_function`.
-    """
-    compute = values_function(network)
-
-    def forward(
-        parameters: Parameters, x: jax.Array, dropout_key: jax.Array | None
-    ) -> jax.Array:
-        return compute(parameters, x, dropout_key)[network.output]
-
-    return forward
-
-
 def values_function(
-    network: Network,
+    network: Network, *, noise: bool = False, normalize_batches: bool = False
 ) -> Callable[[Parameters, jax.Array, jax.Array | None], dict[str, jax.Array]]:
     """Return the function that computes all values of a network.
 
@@ -71,15 +41,19 @@ def values_function(
     ----------
     network : Network
         All layers dense.
+    noise : bool
+        Whether quantised activations get noise in training.
+    normalize_batches : bool
+        Whether batch normalisation uses mean and variance of the batch in training,
+        not those stored.
 
     Returns
     -------
     callable
-        ``values(parameters, x, dropout_key)``: all values, the input's included, by
-        name. `parameters` are named like
-        ``network.tensors``, `x` is float32 of shape (N, …). With a key, dropout
-        drops; with ``None`` it passes everything on. Batch normalisation always uses
-        the stored mean and variance.
+        ``values(parameters, x, key)``: all values, the input's included, by name.
+        `parameters` are named like ``network.tensors``, `x` is float32 of shape
+        (N, …). With a key it is training: dropout drops, and what is asked for above
+        happens. With ``None`` the network computes what it does at inference.
 
     Raises
     ------
@@ -96,16 +70,20 @@ def values_function(
             )
 
     def compute(
-        parameters: Parameters, x: jax.Array, dropout_key: jax.Array | None
+        parameters: Parameters, x: jax.Array, key: jax.Array | None
     ) -> dict[str, jax.Array]:
         values = {network.input_name: x}
         for number, node in enumerate(network.nodes):
             operands = [values[name] for name in node.inputs]
+            own_key = None if key is None else jax.random.fold_in(key, number)
             if node.op == "dropout":
                 value, rate = operands[0], node.attributes["rate"]
-                if dropout_key is not None and rate:
-                    key = jax.random.fold_in(dropout_key, number)
-                    value = _dropout(value, rate, key)
+                if own_key is not None and rate:
+                    value = _dropout(value, rate, own_key)
+            elif node.op in _QUANTIZERS:
+                quantizer = _QUANTIZERS[node.op]
+                random = _fast_key(own_key) if noise and own_key is not None else None
+                value = quantizer(operands[0], **node.attributes, key=random)
             elif node.op in ("flatten", "reshape"):
                 value = operands[0].reshape(-1, *network.shapes[node.name])
             else:
@@ -115,6 +93,8 @@ def values_function(
                     for name, array in parameters.items()
                     if name.startswith(prefix)
                 }
+                if node.op == "batch_norm" and normalize_batches and key is not None:
+                    own |= batch_moments(operands[0])
                 value = _OPERATIONS[node.op](node.attributes, operands, own)
             values[node.name] = value
         return values
@@ -147,6 +127,19 @@ def decoding_function(network: Network) -> Callable[[Parameters], Parameters]:
         return dense
 
     return decoded
+
+
+def _fast_key(key: jax.Array) -> jax.Array:
+    """Return a key of the generator that XLA compiles several times faster."""
+    data = jnp.tile(jax.random.key_data(key), 2)
+    fast: jax.Array = jax.random.wrap_key_data(data, impl="rbg")
+    return fast
+
+
+def batch_moments(x: jax.Array) -> dict[str, jax.Array]:
+    """Return ``mean`` and ``variance`` of each channel over a batch, (N, C, …)."""
+    axes = (0, *range(2, x.ndim))
+    return {"mean": x.mean(axes), "variance": x.var(axes)}
 
 
 def _dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
@@ -301,41 +294,17 @@ def _transpose(x: jax.Array, attributes: _Attributes) -> jax.Array:
     return moved.reshape(-1, *attributes["shape"])
 
 
-def _quantize_linear(x: jax.Array, attributes: _Attributes) -> jax.Array:
-    low, high = (np.float32(attributes[bound]) for bound in ("low", "high"))
-    step = (high - low) / np.float32(2 ** attributes["bits"] - 1)
-    # Of one number behind a barrier, or a constant, XLA would multiply by the
-    # reciprocal, and halves would be others.
-    steps: jax.Array = lax.optimization_barrier(  # type: ignore[no-untyped-call]
-        jnp.full(x.shape, step)
-    )
-    return jnp.clip(jnp.round(x / steps) * step, low, high)
-
-
-def _quantize_log2(x: jax.Array, attributes: _Attributes) -> jax.Array:
-    high = np.float32(attributes["high"])
-    smallest = high / np.float32(2.0 ** (2 ** (attributes["bits"] - 1) - 2))
-    magnitude = jnp.abs(x)
-    # Times sqrt(1/2): a power of two or more where the mantissa reaches sqrt(2).
-    mantissa, exponent = jnp.frexp(magnitude)
-    up = mantissa >= np.sqrt(np.float32(2)) / 2
-    level = jnp.ldexp(np.float32(0.5), exponent + up)
-    level = jnp.clip(level, smallest, high)
-    level = jnp.where(jnp.isinf(x), high, level)
-    threshold = smallest / 2 * np.sqrt(np.float32(2))
-    level = jnp.where(magnitude < threshold, 0, jnp.copysign(level, x))
-    return jnp.where(jnp.isnan(x), x, level)
-
-
-def _sign(x: jax.Array, _: _Attributes) -> jax.Array:
-    return jnp.where(jnp.isnan(x), x, jnp.where(x >= 0, 1.0, -1.0))
-
-
 def _elementwise(
     function: Callable[[jax.Array, _Attributes], jax.Array],
 ) -> _Operation:
     return lambda attributes, operands, own: function(operands[0], attributes)
 
+
+_QUANTIZERS: Mapping[str, Callable[..., jax.Array]] = {
+    "quantize_linear": jax_activations.linear,
+    "quantize_log2": jax_activations.log2,
+    "sign": jax_activations.sign,
+}
 
 _OPERATIONS: Mapping[str, _Operation] = {
     "conv": _conv,
@@ -356,9 +325,6 @@ _OPERATIONS: Mapping[str, _Operation] = {
     ),
     "hard_swish": _elementwise(lambda x, _: x * jnp.clip(x / 6 + 0.5, 0, 1)),
     "silu": _elementwise(lambda x, _: jax.nn.silu(x)),
-    "quantize_linear": _elementwise(_quantize_linear),
-    "quantize_log2": _elementwise(_quantize_log2),
-    "sign": _elementwise(_sign),
     "softmax": _elementwise(lambda x, _: jax.nn.softmax(x, axis=1)),
     "log_softmax": _elementwise(lambda x, _: jax.nn.log_softmax(x, axis=1)),
     "slice": _elementwise(_slice),

@@ -202,6 +202,8 @@ def quantize(
     calibration: Images,
     config: Mapping[str, Any] | QuantizeConfig,
     seed: int = 0,
+    *,
+    original: Network | None = None,
 ) -> Network:
     """Quantise the convolutions, then the fully connected layers, of a network.
 
@@ -216,6 +218,9 @@ def quantize(
         Settings, as under ``quantize:`` in ``config.yaml``.
     seed : int
         Seed of all random choices.
+    original : Network, optional
+        Network whose responses are to be kept: the one that `network` was before its
+        activations were quantised. By default `network` itself.
 
     Returns
     -------
@@ -248,7 +253,9 @@ def quantize(
         calibration = list(calibration)
     quantized = network
     for name, settings in chosen:
-        result = quantize_layer(network, quantized, name, calibration, settings, seed)
+        result = quantize_layer(
+            original or network, quantized, name, calibration, settings, seed
+        )
         quantized = quantized.with_quantized_layer(name, result.weights)
     return quantized
 
@@ -268,8 +275,8 @@ def quantize_layer(
     original : Network
         Network whose responses are to be kept.
     quantized_prefix : Network
-        The same network with all layers before `layer` as they will be; what comes
-        after does not matter.
+        The same network with all layers before `layer` as they will be, and quantised
+        activations where there will be such; what comes after does not matter.
     layer : str
         Name of a dense convolution or fully connected layer of `original`.
     images : ndarray of float32, shape (N, C, H, W), or iterable of such batches
@@ -328,10 +335,11 @@ def collect_moments(
         Augmented copies count as further images.
     """
     node = original.node(layer)
-    source = node.inputs[0]
+    # Behind a quantiser of activations that the original may not have.
+    source = quantized_prefix.node(layer).inputs[0]
     teacher = original.truncated(layer).compile(precision="exact")
     student = None
-    if source != original.input_name:
+    if source != quantized_prefix.input_name:
         student = quantized_prefix.truncated(source).compile(precision="exact")
     geometry = LayerGeometry.of(node)
     shape = original.shapes[layer]
@@ -355,7 +363,8 @@ def collect_moments(
         (random([seed, copy], n_positions), random([seed, copy, 1], NUMBERS_PER_IMAGE))
         for copy in range(1 + settings.augmented_copies)
     ]
-    values = prod(original.input_shape) + prod(original.shapes[source]) + prod(shape)
+    n_inputs = prod(quantized_prefix.shapes[source])
+    values = prod(original.input_shape) + n_inputs + prod(shape)
     batch_size = max(1, min(_MOST_IMAGES, _MOST_BYTES // (4 * values)))
     for originals in _batches(images, settings.calibration_images, batch_size):
         for copy, (places, changes) in enumerate(copies):

@@ -1,6 +1,6 @@
 """The report of a run: ``report.json`` and a self-contained ``report.html``.
 
-Two stage functions, one for each kind of run, read the artefacts of the stages before.
+Stage functions, one for each kind of run, read the artefacts of the stages before.
 The page shows what is in ``report.json``, and the pictures of the example images; its
 template and style are in ``qcnn_py/report_assets``.
 """
@@ -23,19 +23,33 @@ import numpy.typing as npt
 from PIL import Image
 
 from qcnn_py.artefacts import load_json, replacing, save_json
+from qcnn_py.benchmarking import parameter_bytes
 from qcnn_py.datasets import Dataset
 from qcnn_py.errors import ModelFormatError
 from qcnn_py.network import Network
 from qcnn_py.quantization import QuantizedLayer
 from qcnn_py.report_page import render
 
-__all__ = ["build_pipeline_report", "build_speed_report"]
+__all__ = [
+    "build_comparison_report",
+    "build_pipeline_report",
+    "build_speed_report",
+]
 
 StrPath = str | PathLike[str]
 
 # The networks that are evaluated, in the order they come to be, and what of each.
-# There is none before distillation where that changes nothing.
-_STAGES = ("original", "conv_quantized", "finetuned", "requantized", "final")
+# Where activations are not quantised there is none with them alone, and none before
+# distillation where that changes nothing.
+_OPTIONAL_STAGES = ("activations_quantized", "requantized")
+_STAGES = (
+    "original",
+    "activations_quantized",
+    "conv_quantized",
+    "finetuned",
+    "requantized",
+    "final",
+)
 _EVALUATED = ("n", "top1", "top5", "predictions")
 
 _PACKAGES = ("jax", "matplotlib", "optax", "scikit-learn", "scipy", "snakemake")
@@ -115,14 +129,7 @@ def build_pipeline_report(
     for layer in report["layers"]:
         layer["response_error"] = errors.get(layer["name"])
     report |= {
-        "dataset": {
-            "source": config["dataset"]["source"],
-            "input_shape": list(data.input_shape),
-            "n_classes": len(data.class_names),
-            "n_train": data.size("train"),
-            "n_validation": data.size("validation"),
-            "n_test": data.size("test"),
-        },
+        "dataset": _describe_dataset(config, data),
         "accuracy": _accuracy(replicates),
         "finetuning": [_read(path) for path in finetuning],
         "distillation": [_read(path) for path in distillation],
@@ -156,22 +163,111 @@ def build_speed_report(
     _write(report, [], schema, json_path, html_path)
 
 
-def _common(
+def build_comparison_report(
+    *,
     run: str,
     config: Mapping[str, Any],
-    adaptations: Mapping[str, str],
     command: str,
+    results: Sequence[StrPath],
+    networks: Sequence[StrPath],
     timings: Sequence[StrPath],
+    dataset: StrPath,
     benchmark: StrPath,
-) -> dict[str, Any]:
-    """Return what the reports of both kinds of run contain."""
-    speed = _read(benchmark)
+    schema: StrPath,
+    json_path: StrPath,
+    html_path: StrPath,
+) -> None:
+    """Write the report of a run that compares quantised networks.
+
+    Parameters
+    ----------
+    run, config, command, timings, schema, json_path, html_path
+        See :func:`build_pipeline_report`.
+    results
+        What :func:`qcnn_py.training.train_cell` found for each cell, in order.
+    networks
+        The first replicate's network of each cell.
+    dataset
+        ``dataset.safetensors`` of the first replicate.
+    benchmark
+        ``benchmark.json``, what :func:`qcnn_py.benchmarking.race` returned.
+
+    Raises
+    ------
+    ModelFormatError
+        If an artefact is malformed or lacks something the report needs.
+    OSError
+        If a file cannot be read or written.
+    """
+    timed = _read(benchmark)
     try:
-        environment, layers = speed.pop("environment"), speed.pop("layers")
-        parameters = [speed["network"].pop(key) for key in ("dense_bytes", "bytes")]
+        environment, contenders = timed.pop("environment"), timed.pop("contenders")
+        accuracies = [
+            [100 * replicate["top1"] for replicate in _read(path)["replicates"]]
+            for path in results
+        ]
+        cells = [
+            _describe_cell(name, config["cells"][name], Network.load(path), path)
+            | {
+                "top1": _statistics(top1),
+                "points_lost": _statistics(np.subtract(accuracies[0], top1)),
+                **contenders[name],
+            }
+            for name, path, top1 in zip(
+                config["cells"], networks, accuracies, strict=True
+            )
+        ]
     except KeyError as error:
-        raise ModelFormatError(f"{benchmark}: lacks {error}") from error
+        raise ModelFormatError(f"{benchmark} or {results}: lacks {error}") from error
     environment["packages"] |= {name: metadata.version(name) for name in _PACKAGES}
+    report = {
+        **_head(run, config, command, environment, timings),
+        "dataset": _describe_dataset(config, Dataset.load(dataset)),
+        "cells": cells,
+        "race": timed,
+    }
+    _write(report, [], schema, json_path, html_path)
+
+
+def _describe_cell(
+    name: str, settings: Mapping[str, Any], network: Network, path: StrPath
+) -> dict[str, Any]:
+    """Return how a network of a comparison is quantised and what it takes."""
+    activations = settings["activations"]
+    weight_bits = {"float": 32, "binary": 1, "linear": settings["weight_bits"]}
+    bits = {"none": 32, "sign": 1}
+    return {
+        "name": name,
+        "weights": settings["weights"],
+        "weight_bits": weight_bits[settings["weights"]],
+        "scheme": activations["scheme"],
+        "activation_bits": bits.get(activations["scheme"], activations["bits"]),
+        "noise": activations["noise"],
+        "weight_bytes": sum(layer.bytes for layer in network.layers),
+        "parameter_bytes": parameter_bytes(network),
+        "file_bytes": Path(path).stat().st_size,
+    }
+
+
+def _describe_dataset(config: Mapping[str, Any], data: Dataset) -> dict[str, Any]:
+    return {
+        "source": config["dataset"]["source"],
+        "input_shape": list(data.input_shape),
+        "n_classes": len(data.class_names),
+        "n_train": data.size("train"),
+        "n_validation": data.size("validation"),
+        "n_test": data.size("test"),
+    }
+
+
+def _head(
+    run: str,
+    config: Mapping[str, Any],
+    command: str,
+    environment: Mapping[str, Any],
+    timings: Sequence[StrPath],
+) -> dict[str, Any]:
+    """Return what the reports of all kinds of run contain."""
     return {
         "format_version": 1,
         "kind": config["kind"],
@@ -180,12 +276,33 @@ def _common(
         "command": command,
         "seed": config["seed"],
         "config": config,
-        "adaptations": dict(adaptations),
         "environment": environment,
+        "stage_seconds": _stage_seconds(timings),
+    }
+
+
+def _common(
+    run: str,
+    config: Mapping[str, Any],
+    adaptations: Mapping[str, str],
+    command: str,
+    timings: Sequence[StrPath],
+    benchmark: StrPath,
+) -> dict[str, Any]:
+    """Return what the reports of runs that quantise a trained network contain."""
+    speed = _read(benchmark)
+    try:
+        environment, layers = speed.pop("environment"), speed.pop("layers")
+        parameters = [speed["network"].pop(key) for key in ("dense_bytes", "bytes")]
+    except KeyError as error:
+        raise ModelFormatError(f"{benchmark}: lacks {error}") from error
+    environment["packages"] |= {name: metadata.version(name) for name in _PACKAGES}
+    return {
+        **_head(run, config, command, environment, timings),
+        "adaptations": dict(adaptations),
         "size": {"parameters": _sizes(*parameters)},
         "layers": layers,
         "speed": speed,
-        "stage_seconds": _stage_seconds(timings),
     }
 
 
@@ -237,7 +354,7 @@ def _read_evaluations(paths: Sequence[StrPath]) -> list[list[dict[str, Any]]]:
                 [
                     {"name": stage, **{key: stages[stage][key] for key in _EVALUATED}}
                     for stage in _STAGES
-                    if stage in stages or stage != "requantized"
+                    if stage in stages or stage not in _OPTIONAL_STAGES
                 ]
             )
         except KeyError as error:

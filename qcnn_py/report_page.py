@@ -37,6 +37,7 @@ _SPREAD = ("minimum", "lower_quartile", "upper_quartile", "mean", "maximum")
 
 _STAGE_LABELS = {
     "original": ("original", "original"),
+    "activations_quantized": ("activations quantised", "inputs\nquantised"),
     "conv_quantized": ("convolutions quantised", "conv\nquantised"),
     "finetuned": ("fully connected layers fine-tuned", "fine-\ntuned"),
     "requantized": ("everything quantised", "all\nquantised"),
@@ -50,6 +51,9 @@ _RULE_LABELS = {
     "prepare_dataset": "read and split the images",
     "prepare_network": "train or read the network",
     "draw_network": "draw the network",
+    "quantize_activations": "quantise activations",
+    "train_cell": "train",
+    "race_cells": "speed test",
     "quantize_conv_layer": "quantise",
     "extract_features": "compute features",
     "finetune_fc": "fine-tune",
@@ -74,11 +78,12 @@ class Chart:
 
 @dataclass(frozen=True)
 class Table:
-    """Numbers behind a chart; the first column names the rows."""
+    """Numbers, shown at once or behind a chart; the first column names the rows."""
 
     summary: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+    shown: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,14 +140,23 @@ def render(report: Mapping[str, Any], pictures: Sequence[bytes]) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    match report["kind"]:
+        case "pipeline":
+            lede, cards = _pipeline_lede(report), _pipeline_cards(report)
+            sections = _pipeline_sections(report)
+        case "speed":
+            lede, cards = _speed_lede(report), _speed_cards(report)
+            sections = _speed_sections(report)
+        case _:
+            lede, cards = _comparison_lede(report), _comparison_cards(report)
+            sections = [_cells_section(report)]
     pipeline = report["kind"] == "pipeline"
-    sections = _pipeline_sections(report) if pipeline else _speed_sections(report)
     return environment.get_template("report.html.j2").render(
         style=Markup((_ASSETS / "report.css").read_text(encoding="utf-8")),
         report=report,
         headline=_headline(report),
-        lede=_pipeline_lede(report) if pipeline else _speed_lede(report),
-        cards=_pipeline_cards(report) if pipeline else _speed_cards(report),
+        lede=lede,
+        cards=cards,
         sections=sections,
         examples_heading=_examples_heading(report) if pipeline else None,
         examples=_examples(report, pictures) if pipeline else [],
@@ -227,6 +241,12 @@ def _plural(count: int, noun: str) -> str:
 
 def _headline(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return class, number and noun of each part of the heading."""
+    if report["kind"] == "activations":
+        first, smallest = report["cells"][0], _smallest(report)
+        return [
+            ("win", _times(_smaller(first, smallest)), "smaller"),
+            ("cost", *_lost(smallest["points_lost"]["mean"])),
+        ]
     size = report["size"].get("file", report["size"]["parameters"])
     speed = _faster(_compared(report)[1])
     parts = [("win", _times(size["compression"]), "smaller"), ("win", *speed)]
@@ -1082,6 +1102,141 @@ def _stage_label(name: str) -> str:
     return f"{label} {_short(layer)}".strip()
 
 
+# Networks that are compared.
+
+
+def _smallest(report: Mapping[str, Any]) -> Mapping[str, Any]:
+    cell: Mapping[str, Any] = min(report["cells"], key=lambda x: x["parameter_bytes"])
+    return cell
+
+
+def _smaller(first: Mapping[str, Any], cell: Mapping[str, Any]) -> float:
+    return float(first["parameter_bytes"] / cell["parameter_bytes"])
+
+
+def _comparison_lede(report: Mapping[str, Any]) -> str:
+    data, cells = report["dataset"], report["cells"]
+    replicates = len(cells[0]["top1"]["values"])
+    return (
+        f"A network for the {data['n_classes']} classes of “{data['source']}”, trained "
+        f"from scratch in {len(cells)} ways, {_plural(replicates, 'time')} each. The "
+        f"smallest, {_smallest(report)['name']}, compared with {cells[0]['name']}."
+    )
+
+
+def _comparison_cards(report: Mapping[str, Any]) -> list[Card]:
+    first, *others = report["cells"]
+    smallest = _smallest(report)
+    lost = smallest["points_lost"]
+    cost = Card(
+        "What did it cost?",
+        " ".join(_lost(lost["mean"])),
+        Markup(
+            figures.loss_strip(
+                lost["values"], name="cost", title="Points of accuracy lost"
+            )
+        ),
+        f"{smallest['name']}: {_mean_spread(smallest['top1'])}{_NBSP}%, "
+        f"{first['name']}: {_mean_spread(first['top1'])}{_NBSP}%.",
+    )
+    times = [cell["milliseconds"]["median"] for cell in (first, smallest)]
+    sizes = [cell["parameter_bytes"] for cell in (first, smallest)]
+    win = Card(
+        "What did it win?",
+        f"{_times(_smaller(first, smallest))} smaller",
+        Markup(
+            figures.gains(
+                (*sizes, *map(_bytes, sizes)),
+                (*times, *map(_milliseconds, times)),
+                name="win",
+                title="Size and time of the first and the smallest",
+            )
+        ),
+        "Area: parameters. Length: time per image.",
+    )
+    noise = [
+        (quiet, noisy)
+        for noisy in others
+        for quiet in others
+        if noisy["noise"] and not quiet["noise"] and _form(noisy) == _form(quiet)
+    ]
+    gains = [n["top1"]["mean"] - q["top1"]["mean"] for q, n in noise]
+    rows = [
+        (_short(quiet["name"]), abs(gain), _signed(gain))
+        for (quiet, _), gain in zip(noise, gains, strict=True)
+    ]
+    helped = sum(gain > 0 for gain in gains)
+    third = Card(
+        "Does noise help?",
+        f"in {helped} of {_plural(len(gains), 'case')}" if gains else "not tried",
+        Markup(figures.ranking(rows, figures.OTHER, name="noise", title="Points"))
+        if rows
+        else Markup(""),
+        "Points of accuracy that noise in training gains.",
+    )
+    return [cost, win, third]
+
+
+def _form(cell: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what two cells share that differ in noise alone."""
+    keys = ("weights", "weight_bits", "scheme", "activation_bits")
+    return tuple(cell[key] for key in keys)
+
+
+def _cells_section(report: Mapping[str, Any]) -> Section:
+    cells = report["cells"]
+    wrong = [
+        (cell["name"], 100 - cell["top1"]["mean"], f"{100 - cell['top1']['mean']:.2f}")
+        for cell in cells
+    ]
+    rows = [
+        (
+            cell["name"],
+            _bits(cell["weights"], cell["weight_bits"]),
+            _bits(cell["scheme"], cell["activation_bits"]),
+            "yes" if cell["noise"] else "no",
+            _mean_spread(cell["top1"]),
+            _signed(0.0 - cell["points_lost"]["mean"]),
+            _bytes(cell["weight_bytes"]),
+            _bytes(cell["file_bytes"]),
+            _milliseconds(cell["milliseconds"]["median"]),
+        )
+        for cell in cells
+    ]
+    header = (
+        "network",
+        "weights",
+        "activations",
+        "noise",
+        "top-1, %",
+        "points",
+        "weights take",
+        "file takes",
+        "time",
+    )
+    return Section(
+        "cells",
+        "Bits, accuracy, size and time",
+        [
+            "Sizes are those of the files: weights of one bit are packed, weights of "
+            "few levels are codes of so many bits beside their levels where that is "
+            "less than float32, and normalisation is float32.",
+            "Times are those of one image, for the networks as they are.",
+        ],
+        [
+            Chart(
+                Markup(figures.bars(wrong, name="wrong", title="Wrong answers, %")),
+                "Wrong answers in percent of the test images, mean over replicates.",
+            )
+        ],
+        [Table("The numbers", header, rows, shown=True)],
+    )
+
+
+def _bits(kind: str, bits: int) -> str:
+    return f"{bits}{_NBSP}bit" + ("" if kind in ("float", "none") else f", {kind}")
+
+
 # The examples.
 
 
@@ -1111,13 +1266,14 @@ def _examples(report: Mapping[str, Any], pictures: Sequence[bytes]) -> list[Exam
 def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     environment = report["environment"]
     packages = {"python": environment["python"], **environment["packages"]}
+    timed = report.get("speed") or report["race"]
     return [
         ("seed", str(report["seed"])),
         ("CPU", f"{environment['cpu']}, {environment['logical_cpus']} logical"),
         ("vector units", _listing(environment["cpu_flags"])),
         (
             "engine",
-            f"{report['speed']['settings']['isa']} of {_listing(environment['isas'])}",
+            f"{timed['settings']['isa']} of {_listing(environment['isas'])}",
         ),
         ("system", environment["system"]),
         ("versions", _listing(f"{k}{_NBSP}{v}" for k, v in packages.items())),

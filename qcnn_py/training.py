@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from math import prod
 from os import PathLike
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from qcnn_py.architectures import conv_fc
 from qcnn_py.config import NetworkConfig, TrainedNetworkConfig
 from qcnn_py.dataset_sources import SplitName
 from qcnn_py.datasets import Dataset
 from qcnn_py.errors import ConfigError
-from qcnn_py.fitting import Examples, fit
-from qcnn_py.network import Network
+from qcnn_py.evaluation import evaluate
+from qcnn_py.fitting import Examples, LatentWeights, Training
+from qcnn_py.network import Network, QuantizedWeights
 from qcnn_py.onnx_import import read_onnx
 
-__all__ = ["prepare_network", "read_network", "train_network"]
+__all__ = ["prepare_network", "read_network", "train_cell", "train_network"]
+
+logger = logging.getLogger(__name__)
+
+# Standard deviation of latent weights at first; they end at 1.
+_WIDTH = 0.5
 
 
 def train_network(
@@ -36,15 +46,21 @@ def train_network(
     Returns
     -------
     network : Network
-        Dense; the metadata hold preprocessing and class names.
+        The metadata hold preprocessing and class names.
     history : dict
-        See `qcnn_py.fitting.fit`.
+        See `qcnn_py.fitting.Training.fit`.
 
     Raises
     ------
     ConfigError
-        If the architecture does not fit the images, or as `fit`.
+        If the architecture does not fit the images, or as `Training.fit`.
     """
+    network = _draw(dataset, config, seed)
+    return _train(_training(network, config), network, dataset, config, seed)
+
+
+def _draw(dataset: Dataset, config: TrainedNetworkConfig, seed: int) -> Network:
+    """Return the network before training."""
     network = conv_fc(
         dataset.input_shape,
         config.conv_channels,
@@ -53,21 +69,129 @@ def train_network(
         kernel_size=config.kernel_size,
         pool_after=config.pool_after,
         dropout=config.dropout,
+        batch_norm=config.batch_norm,
+        activations=config.activations,
         seed=seed,
         metadata=dataset.metadata(),
     )
+    if config.weights == "linear":
+        network = _with_wide_weights(network, LatentWeights(config.weight_bits))
+    return network
+
+
+def _training(network: Network, config: TrainedNetworkConfig) -> Training:
+    """Return what trains networks like this one."""
+    bits = {"float": None, "binary": 1, "linear": config.weight_bits}[config.weights]
+    return Training(
+        network,
+        config.training,
+        latent=None if bits is None else LatentWeights(bits),
+        noise=config.activations.noise,
+        normalize_batches=config.batch_norm,
+    )
+
+
+def _train(
+    training: Training,
+    network: Network,
+    dataset: Dataset,
+    config: TrainedNetworkConfig,
+    seed: int,
+) -> tuple[Network, dict[str, Any]]:
+    """Return the trained network, as it is stored, and its history."""
 
     def examples(split: SplitName) -> Examples:
         return Examples(dataset.splits[split].images, dataset.labels(split))
 
-    return fit(
+    trained, history = training.fit(
         network,
         examples("train"),
         examples("validation"),
-        config.training,
         seed,
         prepare=dataset.preprocessing.normalize,
     )
+    return _stored(trained, config), history
+
+
+def _with_wide_weights(network: Network, latent: LatentWeights) -> Network:
+    """Return the network with drawn weights that use the range of the levels."""
+    weights = {k: v for k, v in network.tensors.items() if k.endswith(".weight")}
+    wide = {name: _WIDTH * array / array.std() for name, array in weights.items()}
+    return network.replace(
+        tensors={name: np.clip(array, *latent.limits) for name, array in wide.items()}
+    )
+
+
+def _stored(network: Network, config: TrainedNetworkConfig) -> Network:
+    """Return the network with weights of few levels in their smallest form.
+
+    Those of more than one bit become codes of so many bits, of codewords of one number,
+    if that is less than float32 with the codewords, which every input channel has.
+    """
+    for layer in network.layers:
+        weight = network.tensors[f"{layer.name}.weight"]
+        bias = network.tensors.get(f"{layer.name}.bias")
+        if config.weights == "binary":
+            signs = weight.astype(np.int8)
+            network = network.with_binary_layer(layer.name, signs, bias)
+        elif config.weights == "linear":
+            n_levels = 2**config.weight_bits
+            levels = np.arange(-n_levels // 2, n_levels // 2) / np.float32(n_levels / 2)
+            codes = np.searchsorted(levels, weight).astype(np.uint8)
+            weights = QuantizedWeights(
+                np.tile(levels.astype(np.float32)[:, None], (layer.channels, 1, 1)),
+                np.moveaxis(codes, 1, -1),
+                bias,
+                codebook_bits=16,
+            )
+            coded = network.with_quantized_layer(layer.name, weights)
+            sizes = {info.name: info.bytes for info in coded.layers}
+            if sizes[layer.name] < layer.bytes:
+                network = coded
+    return network
+
+
+def train_cell(
+    datasets: Sequence[Dataset], config: TrainedNetworkConfig, seed: int
+) -> tuple[Network, dict[str, Any]]:
+    """Train a network once per replicate and measure its accuracy.
+
+    Parameters
+    ----------
+    datasets : sequence of Dataset
+        One for each replicate.
+    config : TrainedNetworkConfig
+        See `train_network`.
+    seed : int
+        Replicate `i` uses ``seed + i``.
+
+    Returns
+    -------
+    network : Network
+        The first replicate's.
+    result : dict
+        ``replicates``: of each its ``top1``, ``top5`` and number of test images ``n``
+        (see `qcnn_py.evaluation.evaluate`), and ``history`` (see
+        `qcnn_py.fitting.Training.fit`).
+
+    Raises
+    ------
+    ConfigError, DatasetError
+        As `train_network` and `evaluate`.
+    """
+    networks, replicates = [], []
+    training = None
+    for number, dataset in enumerate(datasets):
+        drawn = _draw(dataset, config, seed + number)
+        # Replicates differ in images and parameters, not in what is compiled.
+        training = training or _training(drawn, config)
+        network, history = _train(training, drawn, dataset, config, seed + number)
+        accuracy = evaluate(network, dataset)
+        del accuracy["predictions"]
+        logger.info("replicate %d: top-1 %.4f", number, accuracy["top1"])
+        networks.append(network)
+        replicates.append({**accuracy, "history": history})
+    return networks[0], {"replicates": replicates}
 
 
 def read_network(path: str | PathLike[str]) -> Network:
@@ -106,12 +230,12 @@ def prepare_network(
         preprocessing, the data set's or, where its images were prepared before, the
         file's.
     history : dict
-        See `qcnn_py.fitting.fit`; without epochs if the network was read.
+        See `qcnn_py.fitting.Training.fit`; without epochs if the network was read.
 
     Raises
     ------
     ConfigError
-        If the file's network does not fit the images and classes, or as `fit`.
+        If the file's network does not fit the images and classes, or as `Training.fit`.
     ModelFormatError
         If the file is malformed.
     UnsupportedOperator
@@ -127,7 +251,11 @@ def prepare_network(
         ("input shape", network.input_shape, dataset.input_shape),
         ("outputs", prod(network.shapes[network.output]), len(dataset.class_names)),
         ("class names", class_names, list(dataset.class_names)),
-        ("quantised layers", [x.name for x in network.layers if x.quantized], []),
+        (
+            "quantised layers",
+            [x.name for x in network.layers if x.quantized or x.binary],
+            [],
+        ),
     )
     for what, got, expected in requirements:
         if got != expected:

@@ -1,6 +1,6 @@
 """Quantised activations at the edges of their levels, to the bit.
 
-The engine, the oracle, JAX and ONNX Runtime get the same numbers: around every
+The engine, the oracle, NumPy, JAX and ONNX Runtime get the same numbers: around every
 threshold, at both ends, zeros, infinities, NaN.
 """
 
@@ -14,8 +14,8 @@ import pytest
 from numpy_executor import execute
 from random_networks import NetworkBuilder
 
-from qcnn_py import ModelFormatError, Network, Node
-from qcnn_py.jax_graph import forward_function
+from qcnn_py import ModelFormatError, Network, Node, activations
+from qcnn_py.jax_graph import values_function
 
 SQRT_2 = np.sqrt(np.float32(2))
 
@@ -101,8 +101,20 @@ def test_jax_gives_the_same_numbers(quantizer: tuple[str, dict[str, Any]]) -> No
     # XLA takes subnormal numbers for zeros.
     x = x[np.isnan(x) | (np.abs(x) >= np.finfo(np.float32).tiny)][None]
     network = network_of(*quantizer, x.size)
-    output = jax.jit(forward_function(network))({}, x, None)
+    output = jax.jit(values_function(network))({}, x, None)["out"]
     np.testing.assert_array_equal(output, execute(network, x)["out"])
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS.values(), ids=QUANTIZERS)
+def test_the_python_functions_give_the_same_numbers(
+    quantizer: tuple[str, dict[str, Any]],
+) -> None:
+    operation, attributes = quantizer
+    x = edges(*quantizer)[None]
+    function = getattr(activations, operation.removeprefix("quantize_"))
+    expected = network_of(*quantizer, x.size).compile()(x)
+    got = function(x, **attributes)
+    np.testing.assert_array_equal(got.view(np.uint32), expected.view(np.uint32))
 
 
 # Written out by hand from the formulas.

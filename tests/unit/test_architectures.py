@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qcnn_py.architectures import conv_fc, drawn_network
-from qcnn_py.config import LayerSettings, QuantizeConfig, SpeedConfig
+from qcnn_py.config import ActivationsConfig, LayerSettings, QuantizeConfig, SpeedConfig
 from qcnn_py.errors import ConfigError
 from qcnn_py.network import Network
 
@@ -32,6 +32,46 @@ def test_conv_fc_pools_after_every_convolution_by_default() -> None:
     network = conv_fc((1, 8, 8), (2, 3), (), 10, metadata={"class_names": ["a"]})
     assert network.shapes["flatten"] == (3 * 2 * 2,)
     assert network.metadata == {"class_names": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("activations", "after_conv1", "after_fc1"),
+    [
+        ({"scheme": "none"}, ["conv1_relu"], ["fc1_relu"]),
+        ({"scheme": "sign"}, ["conv1_sign"], ["fc1_sign"]),
+        (
+            {"scheme": "log2", "bits": 3, "range": "given", "high": 2},
+            ["conv1_relu", "conv1_quantized"],
+            ["fc1_relu", "fc1_quantized"],
+        ),
+        ({"scheme": "sign", "exclude": ["conv2"]}, ["conv1_relu"], ["fc1_sign"]),
+        ({"scheme": "sign", "layers": ["conv2"]}, ["conv1_sign"], ["fc1_relu"]),
+    ],
+)
+def test_conv_fc_with_normalisation_and_quantised_activations(
+    activations: dict[str, Any], after_conv1: list[str], after_fc1: list[str]
+) -> None:
+    network = conv_fc(
+        (1, 8, 8),
+        (4, 5),
+        (6,),
+        3,
+        dropout=0.0,
+        batch_norm=True,
+        activations=ActivationsConfig.from_mapping(activations),
+    )
+    names = [node.name for node in network.nodes]
+    assert names[:3] == ["conv1", "pool1", "conv1_norm"]
+    assert names[3 : names.index("conv2")] == after_conv1
+    assert names[names.index("fc1") : -3] == ["fc1", "fc1_norm", *after_fc1]
+    assert names[-3:] == ["fc2", "fc2_norm", "prob"]
+    assert not any(node.attributes.get("bias") for node in network.nodes)
+
+
+def test_conv_fc_refuses_unknown_layers_in_activations() -> None:
+    activations = ActivationsConfig(scheme="sign", exclude=("conv9",))
+    with pytest.raises(ConfigError, match=r"activations\.exclude: got 'conv9'"):
+        conv_fc((1, 8, 8), (4,), (6,), 3, activations=activations)
 
 
 def test_conv_fc_parameters_are_drawn_from_the_seed() -> None:

@@ -30,6 +30,11 @@ def config_of(**sections):
     return {"runs": {"a": {"kind": "pipeline", **sections}}}
 
 
+def comparison(network=None, **cells):
+    network = {"source": "train", "batch_norm": True, **(network or {})}
+    return {"runs": {"a": {"kind": "activations", "network": network, "cells": cells}}}
+
+
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
@@ -143,6 +148,67 @@ def config_of(**sections):
             id="more replicates than folds",
         ),
         pytest.param(
+            config_of(network={"source": "train", "weights": "binary"}),
+            "runs.a.network.batch_norm: got false, expected true with weights: binary",
+            id="binary weights without normalisation",
+        ),
+        pytest.param(
+            config_of(network={"source": "train", "activations": {"scheme": "linear"}}),
+            "runs.a.network.activations.range: got percentile, expected given",
+            id="percentile before training",
+        ),
+        pytest.param(
+            config_of(
+                network={"source": "train", "weights": "binary", "batch_norm": True}
+            ),
+            "runs.a.network.weights: got binary, expected float: they are going to be "
+            "product-quantised",
+            id="binary weights to be quantised",
+        ),
+        pytest.param(
+            config_of(
+                network={
+                    "source": "train",
+                    "batch_norm": True,
+                    "activations": {"scheme": "sign"},
+                },
+                activations={"scheme": "linear"},
+            ),
+            "runs.a.activations.scheme: got linear for a network trained with",
+            id="activations quantised twice",
+        ),
+        pytest.param(
+            config_of(activations={"scheme": "sign", "exclude": ["conv7"]}),
+            "runs.a.activations.exclude: got 'conv7', which the network does not have; "
+            "did you mean 'conv",
+            id="activations of an unknown layer",
+        ),
+        pytest.param(
+            config_of(activations={"scheme": "log2", "bits": 9}),
+            "runs.a.activations.bits: got 9, expected 2 to 8 with log2",
+            id="too many bits",
+        ),
+        pytest.param(
+            comparison(one={}),
+            "runs.a.cells: Dictionary should have at least 2",
+            id="nothing to compare",
+        ),
+        pytest.param(
+            comparison(one={}, two={"weights": "ternary"}),
+            "runs.a.cells.two.weights: Input should be 'float', 'binary' or 'linear'",
+            id="unknown weights",
+        ),
+        pytest.param(
+            comparison(one={}, two={"activations": {"scheme": "linear"}}),
+            "runs.a.cells.two.activations.range: got percentile, expected given",
+            id="percentile in a comparison",
+        ),
+        pytest.param(
+            comparison({"weights": "binary"}, one={}, two={}),
+            "runs.a.network.weights: got 'binary', expected it in the cells alone",
+            id="weights of all cells",
+        ),
+        pytest.param(
             {"runs": {"a": {"kind": "pipelin"}}},
             "runs.a: Input tag 'pipelin' found using 'kind' does not match",
             id="unknown kind",
@@ -187,8 +253,21 @@ def test_shipped_config_loads():
     config = load_config(ROOT / "config.yaml")
     assert {name: run.kind for name, run in config.runs.items()} == {
         "digits": "pipeline",
+        "digits-qnn": "activations",
         "alexnet-speed": "speed",
     }
+
+
+def test_cells_change_the_network():
+    run = load_config(ROOT / "config.yaml").runs["digits-qnn"]
+    base, noisy = run.network_of("float"), run.network_of("w1-a1-noise")
+    assert base == run.network
+    assert (noisy.weights, noisy.activations.scheme) == ("binary", "sign")
+    assert noisy.activations.noise
+    assert noisy.conv_channels == base.conv_channels
+    # As plain values, which is how jobs get it.
+    plain = noisy.model_dump(mode="json")
+    assert TrainedNetworkConfig.from_mapping(plain) == noisy
 
 
 def test_full_race_loads():
@@ -201,8 +280,9 @@ def test_full_race_loads():
     assert config.runs.keys().isdisjoint(shipped.runs)
 
 
-def test_worked_example_loads():
-    example = load_config(ROOT / "workflow" / "configs" / "cifar10.yaml")
+@pytest.mark.parametrize("name", ["cifar10", "cifar10-qnn"])
+def test_worked_example_loads(name):
+    example = load_config(ROOT / "workflow" / "configs" / f"{name}.yaml")
     shipped = load_config(ROOT / "config.yaml")
     assert example.runs.keys().isdisjoint(shipped.runs)
 

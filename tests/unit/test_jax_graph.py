@@ -1,5 +1,6 @@
 """The JAX interpretation of a graph against the NumPy oracle."""
 
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -11,7 +12,7 @@ from numpy_executor import execute
 from random_networks import Binary, NetworkBuilder, Quantized, relative_error
 
 from qcnn_py.errors import ConfigError
-from qcnn_py.jax_graph import decoding_function, forward_function
+from qcnn_py.jax_graph import Parameters, decoding_function, values_function
 from qcnn_py.network import Network
 
 POOLS: list[dict[str, Any]] = [
@@ -20,6 +21,14 @@ POOLS: list[dict[str, Any]] = [
         (2, 3), (2, (3, 4)), (0, [1, 0, 0, 1], [0, 1, 1, 0]), (False, True)
     )
 ]
+
+
+def forward_function(
+    network: Network,
+) -> Callable[[Parameters, Any, jax.Array | None], jax.Array]:
+    """Return the function that computes the network's output."""
+    values = values_function(network)
+    return lambda parameters, x, key: values(parameters, x, key)[network.output]
 
 
 def check(builder: NetworkBuilder) -> None:

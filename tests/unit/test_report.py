@@ -11,12 +11,16 @@ import pytest
 from qcnn_py import ModelFormatError, Network, QuantizedWeights
 from qcnn_py.architectures import conv_fc
 from qcnn_py.artefacts import save_json
-from qcnn_py.benchmarking import Contender, benchmark
-from qcnn_py.config import LayerSettings
+from qcnn_py.benchmarking import Contender, benchmark, race
+from qcnn_py.config import CellConfig, LayerSettings
 from qcnn_py.datasets import Dataset, Split
 from qcnn_py.preprocessing import Preprocessing
 from qcnn_py.quantization import LayerMetrics, QuantizedLayer
-from qcnn_py.report import build_pipeline_report, build_speed_report
+from qcnn_py.report import (
+    build_comparison_report,
+    build_pipeline_report,
+    build_speed_report,
+)
 from qcnn_py.report_page import _bytes, _milliseconds, _number, _seconds, render
 
 SCHEMA = Path(__file__).parents[2] / "workflow" / "schemas" / "report.schema.json"
@@ -169,14 +173,94 @@ def build(folder: Path, artefacts: dict, kind: str = "pipeline") -> tuple[dict, 
     return report, (folder / "report.html").read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="module", params=["pipeline", "speed"])
-def built(request, artefacts, tmp_path_factory) -> tuple[dict, str]:
+@pytest.fixture(scope="module", params=["pipeline", "speed", "activations"])
+def built(request, artefacts, comparison, tmp_path_factory) -> tuple[dict, str]:
+    if request.param == "activations":
+        return comparison
     return build(tmp_path_factory.mktemp("report"), artefacts, request.param)
 
 
 @pytest.fixture(scope="module")
 def pipeline(artefacts, tmp_path_factory) -> dict:
     return build(tmp_path_factory.mktemp("report"), artefacts)[0]
+
+
+CELLS = {
+    "float": {},
+    "few bits": {"weights": "binary", "activations": {"scheme": "sign"}},
+    "few bits, noise": {
+        "weights": "binary",
+        "activations": {"scheme": "sign", "noise": True},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory) -> tuple[dict, str]:
+    """Build the report of a run that compares networks, in two replicates."""
+    folder = tmp_path_factory.mktemp("comparison")
+    data = dataset()
+    data.save(folder / "dataset.safetensors")
+    network = conv_fc((1, 8, 8), (4,), (6,), 3, metadata=data.metadata())
+    signs = {
+        layer.name: np.ones(network.tensors[f"{layer.name}.weight"].shape, np.int8)
+        for layer in network.layers
+    }
+    binary = network
+    for name, array in signs.items():
+        binary = binary.with_binary_layer(name, array, None)
+    networks = dict(zip(CELLS, (network, binary, binary), strict=True))
+    results, files = [], []
+    for number, (name, top1) in enumerate(
+        zip(CELLS, ((0.95, 0.9), (0.85, 0.9), (0.9, 0.9)), strict=True)
+    ):
+        networks[name].save(folder / f"{number}.qcnn")
+        save_json(
+            folder / f"{number}.json",
+            {"replicates": [{"n": N_TEST, "top1": x, "top5": 1.0} for x in top1]},
+        )
+        results.append(folder / f"{number}.json")
+        files.append(folder / f"{number}.qcnn")
+    images = next(data.batches("test", N_TEST))
+    timed = race(networks, images, repeats=2, batches=2)
+    save_json(folder / "benchmark.json", timed)
+    defaults = {
+        name: CellConfig.from_mapping(cell).model_dump(mode="json")
+        for name, cell in CELLS.items()
+    }
+    build_comparison_report(
+        run="tiny",
+        config={**config("activations"), "cells": defaults},
+        command="snakemake --cores 1 results/tiny/report.html",
+        results=results,
+        networks=files,
+        timings=[timing(folder / "train_cell.float.tsv", 2.5)],
+        dataset=folder / "dataset.safetensors",
+        benchmark=folder / "benchmark.json",
+        schema=SCHEMA,
+        json_path=folder / "report.json",
+        html_path=folder / "report.html",
+    )
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    return report, (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_comparison(comparison):
+    report, page = comparison
+    first, quiet, noisy = report["cells"]
+    assert [cell["name"] for cell in report["cells"]] == list(CELLS)
+    assert first["top1"]["values"] == pytest.approx([95, 90])
+    assert quiet["points_lost"]["values"] == pytest.approx([10, 0])
+    assert (first["weight_bits"], quiet["weight_bits"]) == (32, 1)
+    assert (first["activation_bits"], noisy["activation_bits"]) == (32, 1)
+    # The float network has biases, too.
+    n_weights = 4 * 9 + 6 * 64 + 3 * 6
+    assert first["weight_bytes"] == 4 * (n_weights + 4 + 6 + 3)
+    assert quiet["weight_bytes"] == sum(-(-n // 8) for n in (4 * 9, 6 * 64, 3 * 6))
+    assert first["speedup"]["median"] == 1
+    assert "<details open>" in page
+    assert "in 1 of 1 case" in page
+    assert "train float" in page
 
 
 class Page(HTMLParser):
@@ -273,6 +357,9 @@ def test_times_are_collected_by_stage(pipeline):
 
 def test_every_contender_is_shown(built):
     report, page = built
+    if report["kind"] == "activations":
+        assert all(f">{cell['name']}<" in page for cell in report["cells"])
+        return
     contenders = report["speed"]["contenders"]
     names = ["dense", "quantized-fast", "quantized-exact", "peer"]
     assert [each["name"] for each in contenders] == names
@@ -337,7 +424,7 @@ def test_every_picture_has_words(built):
     page = Page(built[1])
     ids = {attributes.get("id") for _, attributes in page.elements}
     drawings = page.all("svg")
-    assert len(drawings) >= 7
+    assert len(drawings) >= (5 if built[0]["kind"] == "activations" else 7)
     for drawing in drawings:
         assert drawing["role"] == "img"
         assert set(drawing["aria-labelledby"].split()) <= ids

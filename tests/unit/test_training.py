@@ -6,6 +6,7 @@ from math import cos, pi
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 import optax
@@ -17,10 +18,17 @@ from qcnn_py.dataset_config import DigitsConfig, SplitLimits
 from qcnn_py.datasets import Dataset, prepare_dataset
 from qcnn_py.errors import ConfigError, QcnnError
 from qcnn_py.evaluation import evaluate
-from qcnn_py.fitting import Examples, build_optimizer, build_schedule, fit
+from qcnn_py.fitting import (
+    Examples,
+    LatentWeights,
+    Training,
+    build_optimizer,
+    build_schedule,
+    fit,
+)
 from qcnn_py.network import Network
 from qcnn_py.preprocessing import Preprocessing
-from qcnn_py.training import prepare_network
+from qcnn_py.training import prepare_network, train_cell, train_network
 
 NO_EXAMPLES = Examples(np.empty((0, 6), np.float32), np.empty(0, np.int64))
 
@@ -201,6 +209,149 @@ def test_statistics_of_batch_normalisation_stay() -> None:
         assert np.array_equal(trained.tensors[name], array) != learnt, name
 
 
+QUANTIZED: dict[str, dict[str, Any]] = {
+    "float": {},
+    "binary and sign": {"weights": "binary", "activations": {"scheme": "sign"}},
+    "noise": {
+        "weights": "binary",
+        "activations": {"scheme": "sign", "noise": True},
+    },
+    "linear": {
+        "weights": "linear",
+        "weight_bits": 2,
+        "activations": {"scheme": "linear", "bits": 2, "range": "given", "high": 2},
+    },
+    "log2": {"activations": {"scheme": "log2", "bits": 3, "range": "given", "high": 2}},
+}
+
+
+@pytest.fixture(scope="module", params=QUANTIZED.values(), ids=QUANTIZED)
+def quantized(
+    request: pytest.FixtureRequest, digits: Dataset
+) -> tuple[Network, dict[str, Any]]:
+    config = TrainedNetworkConfig(
+        conv_channels=(8, 16),
+        fc_features=(32,),
+        pool_after=(2,),
+        dropout=0.0,
+        batch_norm=True,
+        training={"epochs": 4, "batch_size": 20, "learning_rate": 1e-2},
+        **request.param,
+    )
+    return train_network(digits, config, seed=0)
+
+
+def test_quantised_networks_learn(
+    digits: Dataset, quantized: tuple[Network, dict[str, Any]]
+) -> None:
+    network, history = quantized
+    # What was trained is what the engine computes.
+    accuracy = evaluate(network, digits, "exact")["top1"]
+    assert accuracy > 0.6
+    first, *_, last = (entry["train_loss"] for entry in history["epochs"])
+    assert last < 0.8 * first
+    scores = network.compile("exact")(digits.images("validation")).argmax(axis=1)
+    hits = (scores == digits.labels("validation")).mean()
+    # A sum at the edge of a level may round differently.
+    expected = history["epochs"][-1]["validation_accuracy"]
+    assert abs(hits - expected) <= 1 / len(scores) + 1e-6
+
+
+def test_few_levels_are_stored_in_few_bits(digits: Dataset) -> None:
+    def layers(**quantized: Any) -> tuple[Network, dict[str, int]]:
+        config = TrainedNetworkConfig(
+            conv_channels=(8,),
+            fc_features=(64,),
+            dropout=0.0,
+            batch_norm=True,
+            training={"epochs": 1, "batch_size": 50},
+            **quantized,
+        )
+        network, _ = train_network(digits, config, seed=0)
+        return network, {layer.name: layer.bytes for layer in network.layers}
+
+    binary, sizes = layers(weights="binary")
+    assert sizes == {"conv1": 9, "fc1": 64 * 128 // 8, "fc2": 10 * 64 // 8}
+    assert all(layer.binary for layer in binary.layers)
+    few, sizes = layers(weights="linear", weight_bits=2)
+    # Codes and, for each input channel, four codewords in float16.
+    assert sizes["fc1"] == 64 * 128 * 2 // 8 + 4 * 128 * 2
+    decoded = few.decoded().tensors
+    for name in ("conv1", "fc1", "fc2"):
+        assert set(np.unique(decoded[f"{name}.weight"])) <= {-1, -0.5, 0, 0.5}
+    many, sizes = layers(weights="linear", weight_bits=8)
+    # Ten outputs share 256 codewords: float32 takes less.
+    assert not {x.name: x.quantized for x in many.layers}["fc2"]
+    assert sizes["fc2"] == 4 * 10 * 64
+    assert sizes["fc1"] == 4 * 64 * 128
+
+
+def test_normalisation_follows_the_batches() -> None:
+    builder = NetworkBuilder((6,))
+    norm = builder.batch_norm()
+    builder.fc(3)
+    network = builder.build()
+    examples = blobs(4000, 0)
+    config = OptimizerConfig(epochs=2, batch_size=100, learning_rate=1e-6)
+    training = Training(network, config, normalize_batches=True)
+    trained, _ = training.fit(network, examples, NO_EXAMPLES, 0)
+    moments = {"mean": examples.inputs.mean(0), "variance": examples.inputs.var(0)}
+    for part, expected in moments.items():
+        # A running average of about 20 batches.
+        np.testing.assert_allclose(
+            trained.tensors[f"{norm}.{part}"], expected, atol=0.08
+        )
+
+
+def test_latent_weights_stay_in_range_and_are_not_returned() -> None:
+    network = classifier()
+    config = OptimizerConfig(epochs=20, batch_size=8, learning_rate=0.3)
+    latent = LatentWeights(1)
+    training = Training(network, config, latent=latent)
+    trained, _ = training.fit(network, blobs(80, 0), NO_EXAMPLES, 0)
+    assert set(np.unique(trained.tensors["hidden.weight"])) == {-1, 1}
+    assert set(np.unique(trained.tensors["hidden.bias"])) - {-1, 1}
+    far = {"a.weight": jnp.asarray([-3.0, 0.2, 5.0]), "a.bias": jnp.asarray([4.0])}
+    kept = latent.constrained(far)
+    np.testing.assert_allclose(kept["a.weight"], [-1, 0.2, 1])
+    assert kept["a.bias"] == 4
+    np.testing.assert_allclose(
+        LatentWeights(2).constrained(far)["a.weight"], [-1, 0.2, 0.5]
+    )
+    np.testing.assert_allclose(
+        LatentWeights(3).used({"a.weight": jnp.asarray([-0.9, 0.12, 0.6])})["a.weight"],
+        [-1, 0, 0.5],
+    )
+
+
+def test_noise_changes_training_and_follows_the_seed() -> None:
+    builder = NetworkBuilder((6,))
+    builder.fc(8, name="hidden")
+    builder.add("sign")
+    builder.fc(3, name="logits")
+    network = builder.build()
+    config = OptimizerConfig(epochs=1, batch_size=8)
+
+    def trained(noise: bool, seed: int = 0) -> Network:
+        return fit(network, blobs(80, 0), NO_EXAMPLES, config, seed, noise=noise)[0]
+
+    assert same(trained(True), trained(True))
+    assert not same(trained(True), trained(False))
+    assert not same(trained(True), trained(True, seed=1))
+
+
+def test_replicates_of_a_cell(digits: Dataset) -> None:
+    config = small_config(epochs=1)
+    network, result = train_cell([digits, digits], config, seed=3)
+    # Each is what it is alone, though they share what is compiled.
+    for number, replicate in enumerate(result["replicates"]):
+        alone, history = train_network(digits, config, 3 + number)
+        assert replicate["history"] == history
+        assert replicate["top1"] == evaluate(alone, digits)["top1"]
+        assert "predictions" not in replicate
+        assert same(alone, network) == (number == 0)
+
+
 def test_inputs_are_prepared_by_batch() -> None:
     examples = blobs(40, 0)
     config = OptimizerConfig(epochs=1, batch_size=8)
@@ -211,7 +362,8 @@ def test_inputs_are_prepared_by_batch() -> None:
 
     doubled = Examples(examples.inputs.astype(np.float64) * 2, examples.labels)
     expected, _ = fit(classifier(), examples, NO_EXAMPLES, config, 0)
-    actual, _ = fit(classifier(), doubled, NO_EXAMPLES, config, 0, prepare=halve)
+    training = Training(classifier(), config)
+    actual, _ = training.fit(classifier(), doubled, NO_EXAMPLES, 0, prepare=halve)
     assert same(actual, expected)
 
 

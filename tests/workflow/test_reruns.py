@@ -68,6 +68,17 @@ def setting(*path, value):
             id="a layer left dense",
         ),
         pytest.param(
+            setting("activations", "scheme", value="linear"),
+            {
+                "quantize_activations": 1,
+                "quantize_conv_layer": 2,
+                **AFTER_CONV,
+                "collect_statistics": 4,
+            },
+            {"conv1", "conv2", "fc1", "fc2"},
+            id="activations",
+        ),
+        pytest.param(
             setting("finetune", "epochs", value=3),
             FINETUNING,
             {"fc1", "fc2"},

@@ -24,6 +24,52 @@ def test_end_to_end(finished):
     assert "<html" in (results / "report.html").read_text()
 
 
+def test_quantised_activations_are_in_every_stage(workspace):
+    activations = {"scheme": "linear", "bits": 4, "noise": True}
+    workspace.edit_config(
+        lambda config: config["runs"]["tiny"].update(activations=activations)
+    )
+    done = workspace.run()
+    assert done.returncode == 0, done.stdout
+    results = workspace.path / "results" / "tiny"
+    report = json.loads((results / "report.json").read_text())
+    stages = [stage["name"] for stage in report["accuracy"]["stages"]]
+    assert stages[:3] == ["original", "activations_quantized", "conv_quantized"]
+    names = ["pool1_quantized", "flatten_quantized", "fc1_relu_quantized"]
+    for file in ("activations.qcnn", "finetuned.qcnn", "model.qcnn"):
+        network = qcnn_py.Network.load(workspace.replicate / file)
+        ops = {node.name for node in network.nodes if node.op == "quantize_linear"}
+        assert ops == set(names), file
+
+
+def test_networks_are_compared(workspace):
+    run = {
+        "kind": "activations",
+        "replicates": 2,
+        "dataset": {"source": "digits", "limit": {"train": 200, "test": 50}},
+        "network": {
+            "source": "train",
+            "conv_channels": [4],
+            "fc_features": [8],
+            "batch_norm": True,
+            "training": {"epochs": 1, "batch_size": 20},
+        },
+        "cells": {
+            "float": {},
+            "bits": {"weights": "binary", "activations": {"scheme": "sign"}},
+        },
+        "benchmark": {"repeats": 1, "batches": 2, "warmup": 1},
+    }
+    workspace.edit_config(lambda config: config["runs"].update(bits=run))
+    done = workspace.run()
+    assert done.returncode == 0, done.stdout
+    results = workspace.path / "results" / "bits"
+    cells = json.loads((results / "report.json").read_text())["cells"]
+    assert [len(cell["top1"]["values"]) for cell in cells] == [2, 2]
+    assert cells[1]["weight_bytes"] < cells[0]["weight_bytes"] / 20
+    assert not (results / "model.qcnn").exists()
+
+
 def test_second_run_does_nothing(workspace):
     done = workspace.run()
     assert done.returncode == 0

@@ -9,7 +9,13 @@ from urllib.parse import quote, unquote
 
 from snakemake.exceptions import WorkflowError
 
-from qcnn_py.config import NetworkFileConfig, SpeedConfig, load_config
+from qcnn_py.config import (
+    ActivationsConfig,
+    ComparisonConfig,
+    NetworkFileConfig,
+    SpeedConfig,
+    load_config,
+)
 from qcnn_py.errors import QcnnError
 from qcnn_py.workflow import (
     code_fingerprint,
@@ -28,8 +34,9 @@ def checked_config():
 
 def check_networks():
     """Stop if a network file is unreadable or its layers cannot be as configured."""
-    for run in CONFIG.runs:
-        planned_layers(run)
+    for run, settings in CONFIG.runs.items():
+        if not isinstance(settings, ComparisonConfig):
+            planned_layers(run)
 
 
 def one_of(names):
@@ -38,17 +45,20 @@ def one_of(names):
 
 
 def runs_of_kind(kind):
-    """Return the names of the runs of a kind ("pipeline" or "speed")."""
+    """Return the names of the runs of a kind ("pipeline", "speed", "activations")."""
     return [name for name, run in CONFIG.runs.items() if run.kind == kind]
 
 
 def final_outputs():
     """Return the files that the whole workflow is for."""
-    return expand(
-        f"{RUN}/{{file}}",
-        run=CONFIG.runs,
-        file=["model.qcnn", "report.json", "report.html"],
-    )
+    # A comparison has no model of its own.
+    models = [run for kind in ("pipeline", "speed") for run in runs_of_kind(kind)]
+    return [
+        *expand(f"{RUN}/model.qcnn", run=models),
+        *expand(
+            f"{RUN}/{{file}}", run=CONFIG.runs, file=["report.json", "report.html"]
+        ),
+    ]
 
 
 def lock_results():
@@ -98,6 +108,24 @@ def dataset_settings(wildcards):
 def network_settings(wildcards):
     """Return the settings of a run's network."""
     return settings_of(wildcards, "network")
+
+
+def activation_settings(wildcards):
+    """Return the settings of quantised activations in a run."""
+    return settings_of(wildcards, "activations")
+
+
+def training_noise(wildcards):
+    """Return whether the activations of a run get noise in fine-tuning."""
+    settings = CONFIG.runs[wildcards.run]
+    return settings.activations.noise or trained_activations(settings).noise
+
+
+def trained_activations(settings):
+    """Return how the activations of a run's network are quantised from the start."""
+    if isinstance(settings.network, NetworkFileConfig):
+        return ActivationsConfig()
+    return settings.network.activations
 
 
 def finetune_settings(wildcards):
@@ -290,10 +318,35 @@ def previous_layers(wildcards):
     return layer_files(names[: names.index(layer_name(wildcards))], wildcards.kind)
 
 
-def network_to_quantize(wildcards):
-    """Return the network that layers of the kind of the wildcards come from."""
+def float_or_finetuned(wildcards):
+    """Return the network whose responses layers of the kind of the wildcards keep."""
     name = {"conv": "network", "fc": "finetuned"}[wildcards.kind]
     return f"{REPLICATE}/{name}.qcnn"
+
+
+def quantizes_activations(run):
+    """Return whether a run quantises the activations of a trained network."""
+    return CONFIG.runs[run].activations.scheme != "none"
+
+
+def network_of_layers(wildcards):
+    """Return the network that quantised conv layers are put into."""
+    name = "activations" if quantizes_activations(wildcards.run) else "network"
+    return f"{REPLICATE}/{name}.qcnn"
+
+
+def network_to_quantize(wildcards):
+    """Return the network that layers of the kind of the wildcards are put into."""
+    if wildcards.kind == "conv":
+        return network_of_layers(wildcards)
+    return f"{REPLICATE}/finetuned.qcnn"
+
+
+def network_with_activations(wildcards):
+    """Return the network whose activations alone are quantised, if there is one."""
+    if not quantizes_activations(wildcards.run):
+        return []
+    return [network_of_layers(wildcards)]
 
 
 def all_replicates(wildcards, patterns):
@@ -343,9 +396,11 @@ def timings(wildcards):
                 yield f"collect_statistics.{kind}.{file}.{shard}"
             yield f"{rule}.{file}"
 
+    quantized = quantizes_activations(wildcards.run)
     stages = [
         "prepare_dataset",
         "prepare_network",
+        *(["quantize_activations"] if quantized else []),
         *stages_of("conv", "quantize_conv_layer"),
         "extract_features",
         "finetune_fc",
@@ -357,4 +412,44 @@ def timings(wildcards):
     return [
         *all_replicates(wildcards, files),
         f"{RUN}/timings/benchmark_model.tsv",
+    ]
+
+
+def cell_network(wildcards):
+    """Return the settings of the network of the cell of the wildcards."""
+    settings = CONFIG.runs[wildcards.run].network_of(wildcards.cell)
+    return settings.model_dump(mode="json")
+
+
+def all_datasets(wildcards):
+    """Return the images of all replicates of a run."""
+    return all_replicates(wildcards, f"{REPLICATE}/dataset.safetensors")
+
+
+def cell_names(wildcards):
+    """Return the names of the cells of a run, in order."""
+    return list(CONFIG.runs[wildcards.run].cells)
+
+
+def files_of_cells(wildcards, pattern):
+    """Return a file of each cell of a run, in order."""
+    return expand(pattern, run=wildcards.run, cell=cell_names(wildcards))
+
+
+def cell_results(wildcards):
+    """Return the accuracies of all cells of a run."""
+    return files_of_cells(wildcards, f"{RUN}/cells/{{cell}}.json")
+
+
+def cell_models(wildcards):
+    """Return the first replicate's network of all cells of a run."""
+    return files_of_cells(wildcards, f"{RUN}/cells/{{cell}}.qcnn")
+
+
+def cell_timings(wildcards):
+    """Return the times of all stages of a comparison, in the order of the stages."""
+    return [
+        *all_replicates(wildcards, f"{REPLICATE}/timings/prepare_dataset.tsv"),
+        *files_of_cells(wildcards, f"{RUN}/timings/train_cell.{{cell}}.tsv"),
+        f"{RUN}/timings/race_cells.tsv",
     ]

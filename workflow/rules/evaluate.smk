@@ -5,6 +5,7 @@ rule evaluate_models:
     input:
         dataset=rules.prepare_dataset.output.dataset,
         original=rules.prepare_network.output.network,
+        activations=network_with_activations,
         layers=quantized_conv_layers,
         finetuned=rules.finetune_fc.output.network,
         requantized=undistilled_model,

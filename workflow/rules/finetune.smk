@@ -4,7 +4,7 @@
 rule extract_features:
     input:
         dataset=rules.prepare_dataset.output.dataset,
-        network=rules.prepare_network.output.network,
+        network=network_of_layers,
         layers=quantized_conv_layers,
     output:
         features=f"{REPLICATE}/features.safetensors",
@@ -24,7 +24,7 @@ rule extract_features:
 
 rule finetune_fc:
     input:
-        network=rules.prepare_network.output.network,
+        network=network_of_layers,
         layers=quantized_conv_layers,
         features=rules.extract_features.output.features,
     output:
@@ -38,6 +38,7 @@ rule finetune_fc:
         "../envs/qcnn.yaml"
     params:
         config=finetune_settings,
+        noise=training_noise,
         seed=replicate_seed,
         code=code_of("finetune_fc"),
     message:

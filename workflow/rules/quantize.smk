@@ -1,11 +1,34 @@
-# One job per layer, behind jobs that gather the statistics of its inputs and responses
+# Activations first, if they are quantised. Then one job per layer, behind jobs that gather the statistics of its inputs and responses
 # on a shard of the images each. A layer sees the responses of the layers quantised
 # before it, so the jobs of a kind form a chain.
+
+
+rule quantize_activations:
+    input:
+        dataset=rules.prepare_dataset.output.dataset,
+        network=rules.prepare_network.output.network,
+    output:
+        network=f"{REPLICATE}/activations.qcnn",
+    log:
+        f"{RUN}/logs/{{replicate}}/quantize_activations.log",
+    benchmark:
+        f"{REPLICATE}/timings/quantize_activations.tsv"
+    conda:
+        "../envs/qcnn.yaml"
+    params:
+        config=activation_settings,
+        seed=replicate_seed,
+        code=code_of("quantize_activations"),
+    message:
+        "{wildcards.run}/{wildcards.replicate}: quantising activations"
+    script:
+        "../scripts/quantize_activations.py"
 
 
 rule collect_statistics:
     input:
         dataset=rules.prepare_dataset.output.dataset,
+        original=float_or_finetuned,
         network=network_to_quantize,
         previous=previous_layers,
     output:

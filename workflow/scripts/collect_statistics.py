@@ -8,7 +8,6 @@ from qcnn_py.workflow import reporting
 
 with reporting(snakemake.log[0]):
     settings = LayerSettings.from_mapping(snakemake.params.settings)
-    network = Network.load(snakemake.input.network)
     images, first = Dataset.load(snakemake.input.dataset).calibration(
         settings.calibration_images,
         snakemake.params.seed,
@@ -16,8 +15,8 @@ with reporting(snakemake.log[0]):
         settings.shards,
     )
     statistics = collect_moments(
-        network,
-        apply_layers(network, snakemake.input.previous),
+        Network.load(snakemake.input.original),
+        apply_layers(Network.load(snakemake.input.network), snakemake.input.previous),
         snakemake.params.layer,
         images,
         settings,

@@ -10,11 +10,12 @@ from qcnn_py.workflow import reporting
 with reporting(snakemake.log[0]):
     dataset = Dataset.load(snakemake.input.dataset)
     original = Network.load(snakemake.input.original)
-    networks = {
-        "original": original,
-        "conv_quantized": apply_layers(original, snakemake.input.layers),
-        "finetuned": Network.load(snakemake.input.finetuned),
-    }
+    networks = {"original": original}
+    with_activations = original
+    for path in snakemake.input.activations:
+        with_activations = networks["activations_quantized"] = Network.load(path)
+    networks["conv_quantized"] = apply_layers(with_activations, snakemake.input.layers)
+    networks["finetuned"] = Network.load(snakemake.input.finetuned)
     for path in snakemake.input.requantized:
         networks["requantized"] = Network.load(path)
     networks["final"] = Network.load(snakemake.input.final)

@@ -16,6 +16,7 @@ with reporting(snakemake.log[0]):
         Features.load(snakemake.input.features),
         OptimizerConfig.from_mapping(snakemake.params.config),
         snakemake.params.seed,
+        snakemake.params.noise,
     )
     finetuned.save(snakemake.output.network)
     save_json(snakemake.output.history, history)
