@@ -692,6 +692,22 @@ class Network:
 
         to_onnx(self, path, compact=compact)
 
+    def __copy__(self) -> Self:
+        """Return the network itself, which does not change."""
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        """Return the network itself, which does not change."""
+        return self
+
+    def __getstate__(self) -> bytes:
+        """Return the content of the ``.qcnn`` file."""
+        return self.to_engine().to_bytes()
+
+    def __setstate__(self, state: bytes) -> None:
+        """Read the content of a ``.qcnn`` file."""
+        self._set(_engine.Network.from_bytes(state), None)
+
     def __repr__(self) -> str:
         """Return a one-line summary."""
         layers = self.layers

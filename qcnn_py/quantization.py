@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from os import PathLike
@@ -202,6 +202,7 @@ def quantize(
     calibration: Images,
     config: Mapping[str, Any] | QuantizeConfig,
     seed: int = 0,
+    on_layer: Callable[[QuantizedLayer], None] | None = None,
 ) -> Network:
     """Quantise the convolutions, then the fully connected layers, of a network.
 
@@ -216,6 +217,8 @@ def quantize(
         Settings, as under ``quantize:`` in ``config.yaml``.
     seed : int
         Seed of all random choices.
+    on_layer : callable, optional
+        Called with each layer when it is quantised.
 
     Returns
     -------
@@ -250,6 +253,8 @@ def quantize(
     for name, settings in chosen:
         result = quantize_layer(network, quantized, name, calibration, settings, seed)
         quantized = quantized.with_quantized_layer(name, result.weights)
+        if on_layer is not None:
+            on_layer(result)
     return quantized
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from math import prod
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from qcnn_py.architectures import conv_fc
@@ -14,9 +12,9 @@ from qcnn_py.datasets import Dataset
 from qcnn_py.errors import ConfigError
 from qcnn_py.fitting import Examples, fit
 from qcnn_py.network import Network
-from qcnn_py.onnx_import import read_onnx
+from qcnn_py.network_files import read_network
 
-__all__ = ["prepare_network", "read_network", "train_network"]
+__all__ = ["prepare_network", "train_network"]
 
 
 def train_network(
@@ -68,21 +66,6 @@ def train_network(
         seed,
         prepare=dataset.preprocessing.normalize,
     )
-
-
-def read_network(path: str | PathLike[str]) -> Network:
-    """Read a ``.qcnn`` file, or an ONNX model if that is what it is called.
-
-    Raises
-    ------
-    ModelFormatError
-        If the file is malformed.
-    UnsupportedOperator
-        If an ONNX model has an operator that networks do not have.
-    OSError
-        If the file cannot be read.
-    """
-    return read_onnx(path) if Path(path).suffix == ".onnx" else Network.load(path)
 
 
 def prepare_network(
