@@ -25,7 +25,7 @@ from rich.table import Table
 
 from qcnn_py._engine import __version__
 from qcnn_py.classification import classify, stated_class_names
-from qcnn_py.errors import ConfigError, DatasetError, QcnnError
+from qcnn_py.errors import ConfigError, DatasetError, ModelFormatError, QcnnError
 from qcnn_py.image_files import open_image_files
 from qcnn_py.inspection import COLUMNS, NUMERIC_COLUMNS, describe, html_page, table_rows
 from qcnn_py.model import available_isas
@@ -228,27 +228,38 @@ def _pictures(command: _Command) -> _Command:
 def _preprocessing(network: Network, given: Mapping[str, Any]) -> Preprocessing:
     """Return what the network states, changed by the options that are given."""
     stated = network.metadata.get("preprocessing")
-    changes = dict(given)
-    for name, size in given.items():
-        if name == "resize":
-            changes[name] = size if len(size) == 2 else size[0]
-        elif name == "crop":
-            changes[name] = size if len(size) == 2 else size * 2
-    if stated is not None:
-        return replace(Preprocessing.from_json(stated), **changes)
-    if not given:
+    if stated is None and not given:
         raise ConfigError(
             "the network does not say how a picture becomes its input: give --mean "
             "and --std as it was trained with (--mean 0 --std 1 if pixels were only "
             "divided by 255), and --size or --crop if not just resized to its input"
         )
     channels, *size = network.input_shape
-    if "resize" not in changes and "crop" not in changes:
-        changes["resize"] = tuple(size)
-    if isinstance(changes.get("resize"), int):
-        changes.setdefault("crop", tuple(size))
-    changes.setdefault("channel_order", "gray" if channels == 1 else "rgb")
-    return Preprocessing(**changes)
+    changes = dict(given)
+    match given.get("resize"):
+        case (side,):
+            changes["resize"] = side
+    match given.get("crop"):
+        case (side,):
+            changes["crop"] = (side, side)
+    if stated is None:
+        base = Preprocessing("gray" if channels == 1 else "rgb")
+        if isinstance(changes.get("resize"), int):
+            changes.setdefault("crop", tuple(size))
+        elif "crop" not in changes:
+            changes.setdefault("resize", tuple(size))
+    else:
+        base = Preprocessing.from_json(stated)
+    for name in ("mean", "std"):
+        if len(given.get(name, (0,))) not in (1, channels):
+            raise ConfigError(
+                f"--{name}: got {len(given[name])} numbers, expected 1 or {channels}, "
+                "one for each channel of the network's input"
+            )
+    try:
+        return Preprocessing.from_json(replace(base, **changes).to_json())
+    except ModelFormatError as error:
+        raise ConfigError(f"options of pictures or {error}") from error
 
 
 def _class_names(network: Network, labels: Path | None) -> list[str] | None:
