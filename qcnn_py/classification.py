@@ -174,6 +174,13 @@ def probabilities(network: Network, outputs: FloatArray) -> FloatArray:
     ------
     ShapeError
         If outputs are no vector.
+
+    Examples
+    --------
+    >>> from qcnn_py import Node
+    >>> network = Network([Node("out", "flatten", ("input",), {})], {}, (3, 1, 1))
+    >>> probabilities(network, np.log(np.float32([[1, 2, 5]]))).round(3)
+    array([[0.125, 0.25 , 0.625]], dtype=float32)
     """
     shape = network.shapes[network.output]
     rows = outputs.reshape(len(outputs), -1)

@@ -66,6 +66,19 @@ class Model:
         What to run.
     precision, isa, threads
         See :meth:`Network.compile`.
+
+    Examples
+    --------
+    >>> from qcnn_py.architectures import conv_fc
+    >>> model = conv_fc((1, 8, 8), (4,), (), 10, seed=0).compile("exact", "portable")
+    >>> model
+    <Model (None, 1, 8, 8) -> (10,), isa=portable, precision=exact, threads=1>
+    >>> model(np.zeros((2, 1, 8, 8))).shape
+    (2, 10)
+    >>> list(model.trace(np.zeros((2, 1, 8, 8))))[:2]
+    ['conv1', 'conv1_relu']
+    >>> model.layers[0]["kernel_name"]
+    'portable-f32-direct'
     """
 
     def __init__(

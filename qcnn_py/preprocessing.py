@@ -186,6 +186,15 @@ class Preprocessing:
         One number, one per channel, or one per value of the input.
     std : tuple of float
         One number, or one per channel.
+
+    Examples
+    --------
+    >>> preprocessing = Preprocessing("rgb", resize=(2, 3), mean=(0.5,), std=(0.25,))
+    >>> array = preprocessing.apply(Image.new("L", (7, 5), color=255))
+    >>> array.shape, array.min(), array.max()
+    ((3, 2, 3), np.float32(2.0), np.float32(2.0))
+    >>> Preprocessing.from_json(preprocessing.to_json()) == preprocessing
+    True
     """
 
     channel_order: ChannelOrder | None

@@ -233,6 +233,17 @@ def quantize(
         If there are no calibration images, or responses to them are not finite.
     ShapeError
         If the images do not fit the network.
+
+    Examples
+    --------
+    >>> from qcnn_py.architectures import conv_fc
+    >>> network = conv_fc((1, 8, 8), (8,), (16,), 10, seed=0)
+    >>> images = np.random.default_rng(0).random((20, 1, 8, 8), np.float32)
+    >>> quantize(network, images, {"n_centroids": 8, "exclude": ["conv1"]})
+    <Network (1, 8, 8) -> (10,), 9 nodes, 2 of 3 layers quantised>
+    >>> quantize(network, images, {"n_centroid": 8})
+    Traceback (most recent call last):
+    qcnn_py.errors.ConfigError: n_centroid: unknown key; did you mean 'n_centroids'?
     """
     if isinstance(config, Mapping):
         config = QuantizeConfig.from_mapping(config)
