@@ -7,7 +7,7 @@ reader's light or dark setting and prints.
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -128,17 +128,10 @@ def render(report: Mapping[str, Any], pictures: Sequence[bytes]) -> str:
     str
         An HTML document; equal arguments give equal text.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_ASSETS),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     pipeline = report["kind"] == "pipeline"
     sections = _pipeline_sections(report) if pipeline else _speed_sections(report)
-    return environment.get_template("report.html.j2").render(
-        style=Markup((_ASSETS / "report.css").read_text(encoding="utf-8")),
+    return _fill(
+        "report.html.j2",
         report=report,
         headline=_headline(report),
         lede=_pipeline_lede(report) if pipeline else _speed_lede(report),
@@ -152,6 +145,19 @@ def render(report: Mapping[str, Any], pictures: Sequence[bytes]) -> str:
             dict(report["config"]), sort_keys=False, allow_unicode=True, width=72
         ),
     )
+
+
+def _fill(template: str, **values: Any) -> str:
+    """Return a page."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_ASSETS),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    style = Markup((_ASSETS / "report.css").read_text(encoding="utf-8"))
+    return environment.get_template(template).render(style=style, **values)
 
 
 # Numbers in words.
@@ -349,9 +355,9 @@ def _blame_card(
 
 
 def _short(name: str) -> str:
-    """Return the end of a layer's name, as much of it as fits into a chart.
+    """Return the end of a name, as much of it as fits into a chart.
 
-    Other tools name layers by whole paths, whose ends differ most.
+    Other tools name layers by whole paths, and runs get a suffix: ends differ most.
     """
     if len(name) <= _LONGEST_NAME:
         return name
@@ -1126,3 +1132,143 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _listing(items: Iterable[str]) -> str:
     return ", ".join(items) or "none"
+
+
+# Several runs side by side.
+
+
+def render_index(reports: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """Return a page that compares runs and links to their reports.
+
+    Parameters
+    ----------
+    reports : sequence of (str, mapping)
+        Link to each run's page, and content of its ``report.json``, valid by its
+        schema. Runs on the same images are compared with each other.
+
+    Returns
+    -------
+    str
+        An HTML document; equal arguments give equal text.
+    """
+    by_images: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
+    # Those without images last.
+    for link, report in sorted(reports, key=lambda each: each[1]["kind"]):
+        images = yaml.safe_dump(dict(report["config"].get("dataset", {})))
+        by_images.setdefault(images, []).append((link, report))
+    groups = [
+        (_compared_runs(f"images-{number}", group), _table_of_runs(group))
+        for number, group in enumerate(by_images.values(), start=1)
+    ]
+    return _fill(
+        "index.html.j2",
+        heading=f"{_plural(len(reports), 'run')} side by side",
+        lede="Each row of a table leads to a report. Times are milliseconds of one "
+        "image, taken in turns with the dense network on the same machine.",
+        groups=groups,
+    )
+
+
+def _compared_runs(
+    name: str, group: Sequence[tuple[str, Mapping[str, Any]]]
+) -> Section:
+    """Return what runs on the same images trade for what."""
+    reports = [report for _, report in group]
+    first = reports[0]
+    if first["kind"] != "pipeline":
+        return Section(
+            name,
+            "Speed alone",
+            ["Published geometries with drawn parameters: no images, no accuracy."],
+        )
+
+    def points(cost: Callable[[Mapping[str, Any], int], float]) -> list[figures.Point]:
+        return [
+            figures.Point(
+                _short(report["title"]) if last else "",
+                cost(report, last),
+                _top1(report, last),
+                figures.AFTER if last else figures.BEFORE,
+            )
+            for report in reports
+            for last in (0, 1)
+        ]
+
+    sizes, times = points(_file_bytes), points(_average_ms)
+    key = [("before", "original"), ("after", "quantised")]
+    best = [
+        ", ".join(p.label or "an original" for p in figures.pareto_front(each))
+        for each in (sizes, times)
+    ]
+    tested = sum(first["accuracy"]["n_images"])
+    return Section(
+        name,
+        f"“{first['dataset']['source']}”: what accuracy costs",
+        [
+            f"Top-1 accuracy on {tested:,} test images. The line joins the networks "
+            "that no other one beats in both.",
+            f"By size those are {best[0]}; by time, {best[1]}.",
+        ],
+        [
+            Chart(
+                Markup(
+                    figures.tradeoff(
+                        sizes, _bytes, name=f"{name}-size", title="Accuracy by size"
+                    )
+                ),
+                "Top-1 accuracy in percent over the size of the file.",
+                key,
+            ),
+            Chart(
+                Markup(
+                    figures.tradeoff(
+                        times,
+                        _milliseconds,
+                        name=f"{name}-time",
+                        title="Accuracy by time",
+                    )
+                ),
+                "Top-1 accuracy in percent over the time of an image.",
+                key,
+            ),
+        ],
+    )
+
+
+def _table_of_runs(group: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
+    rows = []
+    accuracy = group[0][1]["kind"] == "pipeline"
+    for link, report in group:
+        size = report["size"].get("file", report["size"]["parameters"])
+        before, after = _compared(report)
+        row: list[str] = [Markup('<a href="{}">{}</a>').format(link, report["title"])]
+        if accuracy:
+            row.append(f"{_top1(report, 0):.2f}{_ARROW}{_top1(report, 1):.2f}{_NBSP}%")
+        row += [
+            f"{_bytes(size['before'])}{_ARROW}{_bytes(size['after'])}",
+            _times(size["compression"]),
+            f"{_milliseconds(before['average_ms'])}{_ARROW}"
+            f"{_milliseconds(after['average_ms'])}",
+            _times(after["speedup"]),
+        ]
+        rows.append(row)
+    header = ["run", "top-1", "size", "smaller", "time", "faster"]
+    if not accuracy:
+        header.remove("top-1")
+    return Table("", header, rows)
+
+
+def _top1(report: Mapping[str, Any], last: int) -> float:
+    """Return the mean accuracy before (0) or after (1) everything."""
+    mean: float = report["accuracy"]["stages"][-last]["top1"]["mean"]
+    return mean
+
+
+def _file_bytes(report: Mapping[str, Any], last: int) -> float:
+    size: float = report["size"]["file"][("before", "after")[last]]
+    return size
+
+
+def _average_ms(report: Mapping[str, Any], last: int) -> float:
+    time: float = report["speed"]["contenders"][last]["average_ms"]
+    return time

@@ -1,6 +1,7 @@
 import copy
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,7 +18,15 @@ from qcnn_py.datasets import Dataset, Split
 from qcnn_py.preprocessing import Preprocessing
 from qcnn_py.quantization import LayerMetrics, QuantizedLayer
 from qcnn_py.report import build_pipeline_report, build_speed_report
-from qcnn_py.report_page import _bytes, _milliseconds, _number, _seconds, render
+from qcnn_py.report_figures import AFTER, Point, pareto_front, tradeoff
+from qcnn_py.report_page import (
+    _bytes,
+    _milliseconds,
+    _number,
+    _seconds,
+    render,
+    render_index,
+)
 
 SCHEMA = Path(__file__).parents[2] / "workflow" / "schemas" / "report.schema.json"
 N_REPLICATES = 2
@@ -542,3 +551,53 @@ def test_numbers_have_three_digits_and_no_powers(value, text):
 )
 def test_units(text, expected):
     assert text == expected
+
+
+def moved(report, title, *, top1=0.0, size=1.0, time=1.0):
+    """Return a report whose quantised network differs by so much."""
+    report = copy.deepcopy(report)
+    report["title"] = title
+    report["accuracy"]["stages"][-1]["top1"]["mean"] += top1
+    report["size"]["file"]["after"] *= size
+    report["speed"]["contenders"][1]["average_ms"] *= time
+    return report
+
+
+def test_runs_side_by_side(pipeline):
+    others = [
+        moved(pipeline, "better", top1=5, size=0.5),
+        moved(pipeline, "worse", top1=-5, size=2, time=0.01),
+        moved(pipeline, "<odd>"),
+    ]
+    speed = {**pipeline, "title": "race", "kind": "speed", "config": {"kind": "speed"}}
+    reports = [pipeline, *others, speed]
+    text = render_index([(f"run {n}.html", each) for n, each in enumerate(reports)])
+    page = Page(text)
+    assert "5 runs side by side" in text
+    assert [a["href"] for a in page.all("a")] == [f"run {n}.html" for n in range(5)]
+    assert "&lt;odd&gt;</a>" in text
+    # One table for the runs on the same images, one for those without.
+    assert len(page.all("table")) == 2
+    (size, time) = re.findall(r"By size those are (.+); by time, (.+)\.<", text)[0]
+    assert "better" in size
+    assert "worse" not in size
+    assert time.startswith("worse, ")
+
+
+def test_pareto_front():
+    points = [
+        Point(label, cost, percentage, AFTER)
+        for label, cost, percentage in (
+            ("cheap", 1, 50),
+            ("beaten", 2, 50),
+            ("middle", 2, 60),
+            ("dear and bad", 3, 59),
+            ("best", 9, 70),
+        )
+    ]
+    assert [p.label for p in pareto_front(points)] == ["cheap", "middle", "best"]
+    # However close or far apart they are, they can be drawn.
+    for chosen in (points[:1], points[1:3], points):
+        for scale in (1e-3, 1, 1e9):
+            scaled = [replace(p, cost=p.cost * scale) for p in chosen]
+            assert "<svg" in tradeoff(scaled, str, name="x", title="x")

@@ -44,11 +44,19 @@ def runs_of_kind(kind):
 
 def final_outputs():
     """Return the files that the whole workflow is for."""
-    return expand(
-        f"{RUN}/{{file}}",
-        run=CONFIG.runs,
-        file=["model.qcnn", "report.json", "report.html"],
-    )
+    return [
+        *expand(
+            f"{RUN}/{{file}}",
+            run=CONFIG.runs,
+            file=["model.qcnn", "report.json", "report.html"],
+        ),
+        f"{CONFIG.results}/index.html",
+    ]
+
+
+def all_reports():
+    """Return report.json of every run."""
+    return expand(f"{RUN}/report.json", run=CONFIG.runs)
 
 
 def lock_results():
