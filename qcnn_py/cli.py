@@ -8,6 +8,7 @@ and 1 for a job that failed.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ from qcnn_py.reference_files import read_reference
 if TYPE_CHECKING:
     from PIL import Image
 
+    from qcnn_py.config import LayerPlan
     from qcnn_py.quantization import QuantizedLayer
 
 __all__ = ["cli"]
@@ -466,49 +468,43 @@ def quantize_command(
     as_json: bool,
 ) -> None:
     """Make NETWORK, an ONNX model or a .qcnn file, small and fast."""
-    from qcnn_py.config import DistillConfig, QuantizeConfig
-    from qcnn_py.quantization import layer_shape, quantize
+    from threadpoolctl import threadpool_limits
+
+    from qcnn_py.config import DistillConfig
+    from qcnn_py.quantization import quantize
 
     start = time.monotonic()
     original = read_network(network).fold_batch_norms()
     settings = _quantize_settings(config, preset, calibration, exclude)
-    plans = QuantizeConfig.from_mapping(settings).plan(
-        [layer_shape(layer) for layer in original.layers]
-    )
-    chosen = [
-        plan.settings
-        for layer in original.layers
-        if not (plan := plans[layer.name]).settings.dense and not layer.quantized
-    ]
-    if not chosen:
-        reasons = "; ".join(
-            f"{name}: {plan.adaptation or 'already quantised or excluded'}"
-            for name, plan in plans.items()
-        )
-        raise ConfigError(f"no layer to quantise ({reasons})")
+    plans = _planned(original, settings)
     distillation = DistillConfig(epochs=distill)
-    wanted = max(each.calibration_images for each in chosen)
+    wanted = [plan.settings.calibration_images for plan in plans.values()]
     if distill:
-        wanted = max(wanted, distillation.images)
+        wanted.append(distillation.images)
     preprocessing = _preprocessing(original, pictures)
     class_names = _class_names(original, labels)
     layers: list[QuantizedLayer] = []
-    with _progress() as progress:
+    history = None
+    # Same seed, same bytes: what a sum adds up first must not depend on the cores. JAX
+    # looks at the variable when it starts.
+    os.environ["NPROC"] = "1"
+    with threadpool_limits(1), _progress() as progress:
         images, folders = _calibration_images(
-            data, wanted, preprocessing, original.input_shape, seed, progress
+            data, max(wanted), preprocessing, original.input_shape, seed, progress
         )
-        if class_names is None and len(folders) == prod(
-            original.shapes[original.output]
-        ):
-            class_names = folders
-        task = progress.add_task("quantising", total=len(chosen))
+        if len(folders) == prod(original.shapes[original.output]):
+            class_names = class_names or folders
+        todo = sum(
+            not layer.quantized and not plans[layer.name].settings.dense
+            for layer in original.layers
+        )
+        task = progress.add_task("quantising", total=todo)
 
         def on_layer(layer: QuantizedLayer) -> None:
             layers.append(layer)
             progress.update(task, advance=1, description=f"quantised {layer.layer}")
 
         quantized = quantize(original, images, settings, seed, on_layer)
-        history = None
         if distill:
             from qcnn_py.distillation import distill_codebooks
 
@@ -518,7 +514,7 @@ def quantize_command(
             )
     metadata: dict[str, Any] = {"preprocessing": preprocessing.to_json()}
     if class_names is not None:
-        metadata["class_names"] = list(class_names)
+        metadata["class_names"] = class_names
     quantized.replace(metadata=metadata).save(output)
     errors = {layer.layer: layer.metrics.relative_error for layer in layers}
     result = {
@@ -527,7 +523,7 @@ def quantize_command(
         "calibration_images": len(images),
         "dense_bytes": sum(layer.dense_bytes for layer in quantized.layers),
         "bytes": sum(layer.bytes for layer in quantized.layers),
-        "class_names": class_names is not None,
+        "class_names": class_names,
         "layers": [
             {
                 "name": layer.name,
@@ -545,6 +541,20 @@ def quantize_command(
         _print_json(result)
     else:
         _print_quantized(result)
+
+
+def _planned(network: Network, settings: Mapping[str, Any]) -> dict[str, LayerPlan]:
+    """Return how each layer is going to be quantised; refuse what changes nothing."""
+    from qcnn_py.config import QuantizeConfig
+    from qcnn_py.quantization import layer_shape
+
+    layers = network.layers
+    plans = QuantizeConfig.from_mapping(settings).plan([layer_shape(x) for x in layers])
+    if all(layer.quantized or plans[layer.name].settings.dense for layer in layers):
+        reasons = (plan.adaptation or "left as it is" for plan in plans.values())
+        listed = "; ".join(map(": ".join, zip(plans, reasons, strict=True)))
+        raise ConfigError(f"no layer to quantise ({listed})")
+    return plans
 
 
 def _quantize_settings(
@@ -614,11 +624,15 @@ def _print_quantized(result: Mapping[str, Any]) -> None:
 
     columns = ("layer", "dense bytes", "bytes", "response error", "")
     _print_table(columns, map(row, result["layers"]), columns[1:4])
-    named = "" if result["class_names"] else ", without class names (see --labels)"
+    named = (
+        ""
+        if result["class_names"] is not None
+        else ", without class names (see --labels)"
+    )
     click.echo(
         f"{result['output']}: {result['dense_bytes'] / result['bytes']:.1f} times "
         f"smaller, {result['calibration_images']} images, {result['seconds']:.0f} s"
-        f"{named}"
+        f"{unnamed if result['class_names'] is None else ''}"
     )
 
 
