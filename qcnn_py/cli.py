@@ -624,11 +624,7 @@ def _print_quantized(result: Mapping[str, Any]) -> None:
 
     columns = ("layer", "dense bytes", "bytes", "response error", "")
     _print_table(columns, map(row, result["layers"]), columns[1:4])
-    named = (
-        ""
-        if result["class_names"] is not None
-        else ", without class names (see --labels)"
-    )
+    unnamed = ", without class names (see --labels)"
     click.echo(
         f"{result['output']}: {result['dense_bytes'] / result['bytes']:.1f} times "
         f"smaller, {result['calibration_images']} images, {result['seconds']:.0f} s"

@@ -175,6 +175,17 @@ def test_calibration_keeps_to_training_images(run: Run, pictures: Path) -> None:
     assert json.loads(result.stdout)["calibration_images"] == 6
 
 
+def test_quantized_without_class_names(run: Run, pictures: Path) -> None:
+    # Two folders are no three classes.
+    for file in (pictures / "cat").iterdir():
+        file.rename(pictures / "bee" / file.name)
+    dense_network().save("net.qcnn")
+    result = run("quantize", "net.qcnn", "--data", pictures, *MEAN, "-o", "m.qcnn")
+    assert "without class names (see --labels)" in result.stdout
+    assert "left dense" in result.stdout
+    assert "class_names" not in Network.load("m.qcnn").metadata
+
+
 def test_evaluate_matches_classes_by_name(
     run: Run, model: Path, pictures: Path
 ) -> None:
