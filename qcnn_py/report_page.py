@@ -7,7 +7,7 @@ reader's light or dark setting and prints.
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +23,9 @@ _ASSETS = Path(__file__).parent / "report_assets"
 
 # Layers that the summary compares; the sections show all.
 _BLAMED_LAYERS = 4
+
+# Percentage points whose loss nobody minds.
+_NEXT_TO_NOTHING = 0.1
 
 # Letters of a layer's name in a chart, beside the numbers on the right.
 _LONGEST_NAME = 18
@@ -442,6 +445,7 @@ def _pipeline_sections(report: Mapping[str, Any]) -> list[Section]:
         *_distillation_sections(report),
         _speed_section(report),
         _layer_speed_section(report),
+        *_next_sections(report),
     ]
 
 
@@ -1134,6 +1138,72 @@ def _listing(items: Iterable[str]) -> str:
     return ", ".join(items) or "none"
 
 
+# What the numbers say to try.
+
+
+def _next_sections(report: Mapping[str, Any]) -> list[Section]:
+    steps = [
+        *_ways_to_win_back(report),
+        *_ways_to_shrink(report),
+        *_ways_to_speed_up(report),
+    ]
+    if not steps:
+        return []
+    return [Section("next", "What to try next", steps)]
+
+
+def _ways_to_win_back(report: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what may win back accuracy, if more than noise was lost."""
+    lost, config = report["accuracy"]["points_lost"], report["config"]
+    if lost["mean"] <= max(_NEXT_TO_NOTHING, lost["spread"] or 0.0):
+        return
+    layers = _layers_with_errors(report)
+    if layers:
+        worst = max(layers, key=lambda layer: _error(layer)["relative"]["mean"])
+        dim, count = worst["subvector_dim"], worst["n_centroids"]
+        shorter = f"subvector_dim {dim // 2} instead of {dim}, or " if dim > 1 else ""
+        yield (
+            f"More exact: {worst['name']} is off most, by "
+            f"{_percent(_error(worst)['relative']['mean'])}. Below quantize.layers, "
+            f"give it {shorter}n_centroids {2 * count} instead of {count}."
+        )
+    if not config["finetune"]["epochs"]:
+        yield "More exact: fine-tune the fully connected layers (finetune.epochs: 10)."
+    if not config["distill"]["epochs"]:
+        yield "More exact, without labels: distill the codebooks (distill.epochs: 20)."
+
+
+def _ways_to_shrink(report: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what may save bytes."""
+    layers = report["layers"]
+    total = sum(layer["bytes"] for layer in layers)
+    largest = max(layers, key=lambda layer: layer["bytes"])
+    if not largest["quantized"] and largest["bytes"] > total / 4:
+        yield (
+            f"Smaller: {largest['name']} was left dense and takes "
+            f"{_percent(largest['bytes'] / total)} of all bytes."
+        )
+    if report["accuracy"]["points_lost"]["mean"] <= _NEXT_TO_NOTHING:
+        yield (
+            "Smaller: next to nothing was lost. Take quantize.preset small, longer "
+            "sub-vectors or codebook_bits 8."
+        )
+
+
+def _ways_to_speed_up(report: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what may save time."""
+    slower = [
+        layer["name"]
+        for layer in report["layers"]
+        if layer["quantized"] and layer["speedup"] < 1
+    ]
+    if slower:
+        yield (
+            f"Faster: {', '.join(slower)} would take less time dense "
+            "(quantize.exclude) or, perhaps, with fewer codewords (n_centroids)."
+        )
+
+
 # Several runs side by side.
 
 
@@ -1151,14 +1221,15 @@ def render_index(reports: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     str
         An HTML document; equal arguments give equal text.
     """
-    by_images: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
-    # Those without images last.
-    for link, report in sorted(reports, key=lambda each: each[1]["kind"]):
-        images = yaml.safe_dump(dict(report["config"].get("dataset", {})))
-        by_images.setdefault(images, []).append((link, report))
+    alike: dict[tuple[bool, str, str], list[tuple[str, Mapping[str, Any]]]] = {}
+    for link, report in reports:
+        kind = report["kind"]
+        images = yaml.safe_dump(report["config"].get("dataset"))
+        alike.setdefault((kind != "pipeline", kind, images), []).append((link, report))
     groups = [
-        (_compared_runs(f"images-{number}", group), _table_of_runs(group))
-        for number, group in enumerate(by_images.values(), start=1)
+        (_compared_runs(f"runs-{number}", group), _table_of_runs(group))
+        # Pipelines first.
+        for number, (_, group) in enumerate(sorted(alike.items()), start=1)
     ]
     return _fill(
         "index.html.j2",
@@ -1175,12 +1246,17 @@ def _compared_runs(
     """Return what runs on the same images trade for what."""
     reports = [report for _, report in group]
     first = reports[0]
-    if first["kind"] != "pipeline":
-        return Section(
-            name,
-            "Speed alone",
-            ["Published geometries with drawn parameters: no images, no accuracy."],
-        )
+    match first["kind"]:
+        case "pipeline":
+            pass
+        case "speed":
+            return Section(
+                name,
+                "Speed alone",
+                ["Published geometries with drawn parameters: no images, no accuracy."],
+            )
+        case _:
+            return Section(name, "Other runs", ["Their reports compare by themselves."])
 
     def points(cost: Callable[[Mapping[str, Any], int], float]) -> list[figures.Point]:
         return [
@@ -1236,25 +1312,30 @@ def _compared_runs(
 
 
 def _table_of_runs(group: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
+    kind = group[0][1]["kind"]
+    header = ["run"]
+    if kind == "pipeline":
+        header += ["top-1"]
+    if kind in ("pipeline", "speed"):
+        header += ["size", "smaller", "time", "faster"]
     rows = []
-    accuracy = group[0][1]["kind"] == "pipeline"
     for link, report in group:
-        size = report["size"].get("file", report["size"]["parameters"])
-        before, after = _compared(report)
-        row: list[str] = [Markup('<a href="{}">{}</a>').format(link, report["title"])]
-        if accuracy:
-            row.append(f"{_top1(report, 0):.2f}{_ARROW}{_top1(report, 1):.2f}{_NBSP}%")
-        row += [
-            f"{_bytes(size['before'])}{_ARROW}{_bytes(size['after'])}",
-            _times(size["compression"]),
-            f"{_milliseconds(before['average_ms'])}{_ARROW}"
-            f"{_milliseconds(after['average_ms'])}",
-            _times(after["speedup"]),
-        ]
-        rows.append(row)
-    header = ["run", "top-1", "size", "smaller", "time", "faster"]
-    if not accuracy:
-        header.remove("top-1")
+        cells: dict[str, str] = {
+            "run": Markup('<a href="{}">{}</a>').format(link, report["title"])
+        }
+        if "top-1" in header:
+            first, last = _top1(report, 0), _top1(report, 1)
+            cells["top-1"] = f"{first:.2f}{_ARROW}{last:.2f}{_NBSP}%"
+        if "size" in header:
+            size = report["size"].get("file", report["size"]["parameters"])
+            times = [each["average_ms"] for each in _compared(report)]
+            cells |= {
+                "size": f"{_bytes(size['before'])}{_ARROW}{_bytes(size['after'])}",
+                "smaller": _times(size["compression"]),
+                "time": _ARROW.join(map(_milliseconds, times)),
+                "faster": _times(times[0] / times[1]),
+            }
+        rows.append([cells[column] for column in header])
     return Table("", header, rows)
 
 

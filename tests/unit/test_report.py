@@ -154,6 +154,8 @@ def config(kind: str) -> dict:
         "kind": kind,
         "seed": 7,
         "dataset": {"source": "npz"},
+        "finetune": {"epochs": 3},
+        "distill": {"epochs": 1},
         "report": {"title": None, "example_images": 4},
     }
 
@@ -463,6 +465,29 @@ def no_examples(report):
     report["examples"]["images"] = []
 
 
+def much_lost(report):
+    report["accuracy"]["points_lost"]["mean"] = 3.0
+    worst = report["layers"][0]
+    worst["response_error"]["relative"]["mean"] = 0.9
+    worst["subvector_dim"] = 2
+
+
+def no_training_and_much_lost(report):
+    much_lost(report)
+    report["config"]["finetune"]["epochs"] = 0
+    report["config"]["distill"]["epochs"] = 0
+
+
+def slow_layer(report):
+    for number, layer in enumerate(report["layers"]):
+        layer["speedup"] = 2.0 if number else 0.5
+
+
+def large_dense_layer(report):
+    rest = sum(layer["bytes"] for layer in report["layers"][1:])
+    report["layers"][0] |= {"quantized": False, "bytes": 9 * rest}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -480,6 +505,13 @@ def no_examples(report):
         (kmeans_in_one_layer, "beats plain k-means on 1 of 2 layers"),
         (long_names, ">\N{HORIZONTAL ELLIPSIS}conv1/Convolution<"),
         (no_examples, "points of accuracy"),
+        (much_lost, "More exact: conv1 is off most"),
+        (much_lost, "subvector_dim 1 instead of 2, or n_centroids"),
+        (no_loss_no_errors, "Smaller: next to nothing was lost"),
+        (no_training_and_much_lost, "finetune.epochs: 10"),
+        (no_training_and_much_lost, "distill.epochs: 20"),
+        (slow_layer, "Faster: conv1 would take less time dense"),
+        (large_dense_layer, "was left dense and takes 90"),
     ],
 )
 def test_unusual_reports_are_drawn_too(pipeline, change, words):
@@ -570,14 +602,17 @@ def test_runs_side_by_side(pipeline):
         moved(pipeline, "<odd>"),
     ]
     speed = {**pipeline, "title": "race", "kind": "speed", "config": {"kind": "speed"}}
-    reports = [pipeline, *others, speed]
+    # Of a kind that has no more in common with the others.
+    other = {"title": "other", "kind": "other", "config": {"dataset": {}}}
+    reports = [other, pipeline, speed, *others]
     text = render_index([(f"run {n}.html", each) for n, each in enumerate(reports)])
     page = Page(text)
-    assert "5 runs side by side" in text
-    assert [a["href"] for a in page.all("a")] == [f"run {n}.html" for n in range(5)]
+    assert "6 runs side by side" in text
+    assert {a["href"] for a in page.all("a")} == {f"run {n}.html" for n in range(6)}
     assert "&lt;odd&gt;</a>" in text
-    # One table for the runs on the same images, one for those without.
-    assert len(page.all("table")) == 2
+    # One for the runs on the same images, one for those without, one for the others.
+    assert len(page.all("table")) == 3
+    assert text.index(">tiny</a>") < text.index(">race</a>")
     (size, time) = re.findall(r"By size those are (.+); by time, (.+)\.<", text)[0]
     assert "better" in size
     assert "worse" not in size
