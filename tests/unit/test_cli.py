@@ -424,6 +424,25 @@ def test_classifies_without_the_pipeline(
         assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_completion_of_a_command_and_a_choice(tmp_path: Path) -> None:
+    for words, expected in (
+        ("qcnn cla", {"plain,classify"}),
+        ("qcnn quantize --preset pa", {f"plain,{p}" for p in PRESETS if p[:2] == "pa"}),
+    ):
+        completed = subprocess.check_output(
+            [sys.executable, "-m", "qcnn_py"],
+            env={
+                **os.environ,
+                "_QCNN_COMPLETE": "bash_complete",
+                "COMP_WORDS": words,
+                "COMP_CWORD": str(words.count(" ")),
+            },
+            text=True,
+            cwd=tmp_path,
+        )
+        assert set(completed.split()) == expected
+
+
 def test_module_and_closed_pipe(model: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "qcnn_py"]
     version = subprocess.check_output([*command, "--version"], text=True, cwd=tmp_path)
