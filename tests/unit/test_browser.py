@@ -18,7 +18,7 @@ from qcnn_py.report_page import render, render_index
 
 ROOT = Path(__file__).parents[2]
 REPORTS = sorted((ROOT / "docs" / "example-report").glob("*.json"))
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+BROWSERS = ("google-chrome", "chromium", "chromium-browser")
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 
 pytestmark = pytest.mark.skipif(
