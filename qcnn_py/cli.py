@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -230,6 +231,11 @@ def _pictures(command: _Command) -> _Command:
 def _preprocessing(network: Network, given: Mapping[str, Any]) -> Preprocessing:
     """Return what the network states, changed by the options that are given."""
     stated = network.metadata.get("preprocessing")
+    if len(network.input_shape) != 3:
+        raise ConfigError(
+            f"the network takes arrays of shape {network.input_shape}, expected one "
+            "for pictures, (channels, height, width)"
+        )
     if stated is None and not given:
         raise ConfigError(
             "the network does not say how a picture becomes its input: give --mean "
@@ -268,7 +274,7 @@ def _class_names(network: Network, labels: Path | None) -> list[str] | None:
     """Return the class names of a file or, without one, those of the network."""
     if labels is None:
         return stated_class_names(network)
-    names = labels.read_text(encoding="utf-8").splitlines()
+    names = labels.read_text(encoding="utf-8", errors="replace").splitlines()
     n_outputs = prod(network.shapes[network.output])
     if len(names) != n_outputs:
         raise ConfigError(
@@ -290,9 +296,9 @@ def _print_table(
     rows: Iterable[Sequence[str]],
     numeric: Iterable[str] = (),
 ) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)
+    width = None if sys.stdout.isatty() else _WIDTH
+    # Texts as they are: brackets in a name are no markup.
+    console = Console(width=width, markup=False, emoji=False, highlight=False)
     table = Table(box=None, pad_edge=False)
     for column in columns:
         table.add_column(

@@ -305,6 +305,7 @@ def test_completion(run: Run, shell: str) -> None:
         (("classify", "model.qcnn", "pictures", "--size", "0"), "pixels like 224"),
         (("classify", "model.qcnn", "pictures", "--mean", "1,2"), "got 2 numbers"),
         (("classify", "bare.qcnn", "pictures"), "give --mean and --std"),
+        (("classify", "vector.qcnn", "pictures", *MEAN), "arrays of shape (4,)"),
         (("classify", "model.qcnn", "pictures", "--labels", "x.txt"), "got 1 lines"),
         (("export", "model.qcnn", "-o", "no/x.onnx"), "there is no folder no"),
         (("export", "model.qcnn", "-o", "pictures"), "pictures is a folder"),
@@ -331,6 +332,9 @@ def test_bad_use(run: Run, arguments: tuple[str, ...], message: str) -> None:
     dense_network().save("bare.qcnn")
     Path("x.txt").write_text("one name\n")
     Path("misspelt.yaml").write_text("n_centroid: 8\n")
+    vector = NetworkBuilder((4,))
+    vector.fc(3)
+    vector.build().save("vector.qcnn")
     assert message in failure(run(*arguments, code=2))
     assert not Path("x.qcnn").exists()
 
