@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -50,7 +49,7 @@ _PRESETS = ("paper-alexnet", "paper-vgg-cnn-s", "paper-vgg16", "small", "fast")
 _PRECISIONS = ("fast", "exact", "int8")
 _SHELLS = ("bash", "fish", "zsh")
 
-# Columns of a table that no terminal cuts.
+# Columns that any table fits into.
 _WIDTH = 240
 
 _Command = Callable[..., None]
@@ -296,14 +295,12 @@ def _print_table(
     rows: Iterable[Sequence[str]],
     numeric: Iterable[str] = (),
 ) -> None:
-    width = None if sys.stdout.isatty() else _WIDTH
-    # Texts as they are: brackets in a name are no markup.
-    console = Console(width=width, markup=False, emoji=False, highlight=False)
+    # Texts as they are: brackets in a name are no markup, and a terminal that is too
+    # narrow wraps lines more legibly than a table its cells.
+    console = Console(width=_WIDTH, markup=False, emoji=False, highlight=False)
     table = Table(box=None, pad_edge=False)
     for column in columns:
-        table.add_column(
-            column, justify="right" if column in numeric else "left", overflow="fold"
-        )
+        table.add_column(column, justify="right" if column in numeric else "left")
     for row in rows:
         table.add_row(*row)
     console.print(table)
