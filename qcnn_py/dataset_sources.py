@@ -54,6 +54,8 @@ _IMAGE_SUFFIXES = (
     ".tiff",
     ".webp",
 )
+# Deflate makes data at most 1032 times smaller.
+_MOST_EXPANSION = 1040
 _SPLIT_FOLDERS: Mapping[str, SplitName] = {
     "train": "train",
     "val": "validation",
@@ -433,31 +435,35 @@ def _read_idx(path: Path, n_dimensions: int) -> npt.NDArray[np.uint8]:
     dimensions), as many 32-bit lengths, then the values, last dimension fastest.
     """
     data = _read_bytes(path, "an IDX file")
-    if data.startswith(b"\x1f\x8b"):
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as error:
-            raise DatasetError(f"{path}: damaged gzip data: {error}") from error
+    packed = data.startswith(b"\x1f\x8b")
+    file = gzip.GzipFile(fileobj=io.BytesIO(data)) if packed else io.BytesIO(data)
     header_size = 4 + 4 * n_dimensions
     magic = 0x800 + n_dimensions
-    if len(data) < header_size:
+    try:
+        header = file.read(header_size)
+        if len(header) < header_size:
+            raise DatasetError(
+                f"{path}: truncated, got {len(header)} bytes, expected an IDX header "
+                f"of {header_size}"
+            )
+        got, *shape = np.frombuffer(header, ">u4").tolist()
+        if got != magic:
+            raise DatasetError(
+                f"{path}: got magic number 0x{got:08x}, expected 0x{magic:08x} "
+                f"(unsigned bytes, {n_dimensions} dimensions)"
+            )
+        size = math.prod(shape)
+        # What the header does not announce is not unpacked.
+        values = file.read(min(size, _MOST_EXPANSION * len(data)) + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DatasetError(f"{path}: damaged gzip data: {error}") from error
+    if len(values) != size:
+        more = "more than " * (len(values) > size)
         raise DatasetError(
-            f"{path}: truncated, got {len(data)} bytes, expected an IDX header of "
-            f"{header_size}"
+            f"{path}: got {more}{header_size + min(len(values), size)} bytes, expected "
+            f"{header_size + size} for shape {tuple(shape)}"
         )
-    got, *shape = np.frombuffer(data, ">u4", 1 + n_dimensions).tolist()
-    if got != magic:
-        raise DatasetError(
-            f"{path}: got magic number 0x{got:08x}, expected 0x{magic:08x} (unsigned "
-            f"bytes, {n_dimensions} dimensions)"
-        )
-    expected_size = header_size + math.prod(shape)
-    if len(data) != expected_size:
-        raise DatasetError(
-            f"{path}: got {len(data)} bytes, expected {expected_size} for shape "
-            f"{tuple(shape)}"
-        )
-    return np.frombuffer(data, np.uint8, offset=header_size).reshape(shape)
+    return np.frombuffer(values, np.uint8).reshape(shape)
 
 
 def _read_cifar(config: CifarConfig) -> Source:
