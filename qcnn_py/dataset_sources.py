@@ -54,6 +54,15 @@ _IMAGE_SUFFIXES = (
     ".tiff",
     ".webp",
 )
+# What zipfile raises for damaged, encrypted and exotic archives and members.
+_ZIP_ERRORS = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    UnicodeDecodeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 # Deflate makes data at most 1032 times smaller.
 _MOST_EXPANSION = 1040
 _SPLIT_FOLDERS: Mapping[str, SplitName] = {
@@ -153,7 +162,7 @@ def _open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
         raise DatasetError(
             f"{path}: not found, expected a folder of images or a zip of one"
         ) from error
-    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
+    except _ZIP_ERRORS as error:
         raise DatasetError(
             f"{path}: expected a folder of images or a zip of one, got {error}"
         ) from error
@@ -247,8 +256,7 @@ def _index_images(
         try:
             with open_item(names[item]) as file:
                 return decode_image(file, item_name(item))
-        # What zipfile raises for damaged, encrypted and exotic members.
-        except (OSError, zipfile.BadZipFile, RuntimeError, zlib.error) as error:
+        except _ZIP_ERRORS as error:
             raise DatasetError(f"{item_name(item)}: cannot be read: {error}") from error
 
     return Source(
@@ -463,7 +471,10 @@ def _read_idx(path: Path, n_dimensions: int) -> npt.NDArray[np.uint8]:
             f"{path}: got {more}{header_size + min(len(values), size)} bytes, expected "
             f"{header_size + size} for shape {tuple(shape)}"
         )
-    return np.frombuffer(values, np.uint8).reshape(shape)
+    try:
+        return np.frombuffer(values, np.uint8).reshape(shape)
+    except ValueError as error:  # No element, but another extent beyond all bounds.
+        raise DatasetError(f"{path}: got shape {tuple(shape)}: {error}") from error
 
 
 def _read_cifar(config: CifarConfig) -> Source:
@@ -531,15 +542,14 @@ def _read_npz(config: NpzConfig) -> Source:
     data = io.BytesIO(_read_bytes(path, "a .npz file"))
     try:
         loaded = np.load(data, allow_pickle=False)
-        arrays = {name: loaded[name] for name in loaded.files}
-    except (
-        AttributeError,
-        OSError,
-        EOFError,
-        RuntimeError,  # An encrypted member, or a kind of zip that Python cannot read.
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+        # Any other member of the archive is given as bytes.
+        members = {name: loaded[name] for name in loaded.files}
+        arrays = {
+            name: member
+            for name, member in members.items()
+            if isinstance(member, np.ndarray)
+        }
+    except (AttributeError, *_ZIP_ERRORS) as error:
         raise DatasetError(f"{path}: expected a .npz file, got {error}") from error
     except ValueError as error:
         raise DatasetError(
