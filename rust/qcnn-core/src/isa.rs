@@ -258,6 +258,9 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
     /// The greater of each pair of lanes, or NaN if either is NaN.
     fn max(self, a: Self::F32, b: Self::F32) -> Self::F32;
 
+    /// As [`max`](Self::max), but either of them if one is NaN.
+    fn max_number(self, a: Self::F32, b: Self::F32) -> Self::F32;
+
     /// The magnitude of every lane.
     fn abs(self, a: Self::F32) -> Self::F32;
 
@@ -273,6 +276,9 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
 
     /// Lanes 0, 2, 4, … of `a`, then those of `b`.
     fn even(self, a: Self::F32, b: Self::F32) -> Self::F32;
+
+    /// Lanes 1, 3, 5, … of `a`, then those of `b`.
+    fn odd(self, a: Self::F32, b: Self::F32) -> Self::F32;
 
     /// `a * b + c`, rounded once where the level can.
     fn mul_add(self, a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32;
@@ -809,6 +815,7 @@ mod tests {
         assert_eq!(get(s.mul(va, vb)), products, "{}", S::NAME);
         let maxima: Vec<f32> = pairs().map(|(a, b)| a.max(*b)).collect();
         assert_eq!(get(s.max(va, vb)), maxima, "{}", S::NAME);
+        assert_eq!(get(s.max_number(va, vb)), maxima, "{}", S::NAME);
         let nan = s.splat(f32::NAN);
         for vector in [s.max(nan, va), s.max(va, nan)] {
             assert!(get(vector).iter().all(|x| x.is_nan()), "{}", S::NAME);
@@ -828,6 +835,8 @@ mod tests {
         assert_eq!(words, zipped, "{}", S::NAME);
         let even: Vec<f32> = a.iter().chain(&b).copied().step_by(2).collect();
         assert_eq!(get(s.even(va, vb)), even, "{}", S::NAME);
+        let odd: Vec<f32> = a.iter().chain(&b).copied().skip(1).step_by(2).collect();
+        assert_eq!(get(s.odd(va, vb)), odd, "{}", S::NAME);
         for exponent in -126..=127 {
             for mantissa in [1.0, 1.1, 1.37, 1.999] {
                 let x = mantissa * 2.0f32.powi(exponent);

@@ -31,6 +31,7 @@ pub mod geometry;
 pub mod graph;
 pub mod isa;
 pub mod kernels;
+mod memory;
 pub mod ops;
 pub mod pack;
 pub mod precision;

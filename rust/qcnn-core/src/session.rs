@@ -8,6 +8,7 @@ use crate::geometry::MAX_ELEMENTS;
 use crate::graph::{Geometry, Network, Node, Op, PqGeometry};
 use crate::isa::{Isa, Level};
 use crate::kernels::{ConvLayer, FcLayer, Kernel, Weights, conv_kernels, fc_kernels};
+use crate::memory::Buffer;
 use crate::ops::activation::Activation;
 use crate::ops::elementwise::{self, Combination, Combine};
 use crate::ops::lrn::Lrn;
@@ -124,9 +125,9 @@ impl Step {
         };
         let mut buffer = std::mem::take(&mut workspace.slots[slot]);
         let mut scratch = std::mem::take(&mut workspace.scratch);
-        let output = &mut buffer.as_mut_slice()[..n * self.output.len];
+        let output = &mut buffer[..n * self.output.len];
         let value = workspace.value(input, self.operands[0], n);
-        let fused = kernel.run_relu(n, value, output, scratch.as_mut_slice());
+        let fused = kernel.run_relu(n, value, output, &mut scratch);
         workspace.scratch = scratch;
         workspace.slots[slot] = buffer;
         fused
@@ -236,9 +237,9 @@ impl Session {
         let slots: usize = self
             .slots
             .iter()
-            .map(|len| AlignedBuffer::bytes(len.saturating_mul(n)))
+            .map(|len| Buffer::<f32>::bytes(len.saturating_mul(n)))
             .fold(0, usize::saturating_add);
-        slots.saturating_add(AlignedBuffer::bytes(self.scratch_len(n)))
+        slots.saturating_add(Buffer::<f32>::bytes(self.scratch_len(n)))
     }
 
     /// Compute the network's output for `n` images.
@@ -320,9 +321,9 @@ impl Session {
         }
         // Taken out, so that the other buffers can be borrowed beside it.
         let mut buffer = std::mem::take(&mut workspace.slots[slot]);
-        let output = &mut buffer.as_mut_slice()[..n * step.output.len];
+        let output = &mut buffer[..n * step.output.len];
         let mut scratch = std::mem::take(&mut workspace.scratch);
-        let scratch_slice = scratch.as_mut_slice();
+        let scratch_slice = &mut scratch;
         let first = step.operands[0];
         if step.action.works_in_place() && first.place != step.output.place {
             output.copy_from_slice(workspace.value(input, first, n));
@@ -607,58 +608,12 @@ fn take_slot(slots: &mut Vec<usize>, free: &mut Vec<usize>, len: usize) -> usize
     }
 }
 
-/// A cache line of float32 values.
-#[derive(Clone, Copy, Debug)]
-#[repr(C, align(64))]
-struct Line([f32; 16]);
-
-/// Zeroed float32 values that start on a 64-byte boundary.
-#[derive(Debug, Default)]
-struct AlignedBuffer {
-    lines: Vec<Line>,
-}
-
-impl AlignedBuffer {
-    fn bytes(len: usize) -> usize {
-        len.div_ceil(16).saturating_mul(size_of::<Line>())
-    }
-
-    fn new(len: usize) -> Result<Self> {
-        let n_lines = len.div_ceil(16);
-        let mut lines = Vec::new();
-        lines.try_reserve_exact(n_lines).map_err(|e| {
-            Error::Config(format!(
-                "batch: cannot allocate a buffer of {} bytes: {e}",
-                Self::bytes(len)
-            ))
-        })?;
-        lines.resize(n_lines, Line([0.0; 16]));
-        Ok(Self { lines })
-    }
-
-    fn len(&self) -> usize {
-        self.lines.len() * 16
-    }
-
-    fn as_slice(&self) -> &[f32] {
-        // SAFETY: a `Line` is 16 float32 values without padding (`repr(C)`, 64
-        // bytes), so the vector's lines are `len` initialised values in a row,
-        // borrowed as long as the slice lives.
-        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len()) }
-    }
-
-    fn as_mut_slice(&mut self) -> &mut [f32] {
-        // SAFETY: as in `as_slice`, and the borrow is exclusive.
-        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len()) }
-    }
-}
-
 /// All memory a [`Session`] needs to run batches of up to a given size.
 #[derive(Debug)]
 pub struct Workspace {
     max_batch: usize,
-    slots: Vec<AlignedBuffer>,
-    scratch: AlignedBuffer,
+    slots: Vec<Buffer<f32>>,
+    scratch: Buffer<f32>,
 }
 
 impl Workspace {
@@ -668,7 +623,7 @@ impl Workspace {
             .slots
             .iter()
             .map(|len| match len.checked_mul(max_batch) {
-                Some(len) if len <= MAX_ELEMENTS => AlignedBuffer::new(len),
+                Some(len) if len <= MAX_ELEMENTS => allocate(len),
                 _ => Err(Error::Config(format!(
                     "batch is {max_batch}, but values of {len} elements allow at most {}",
                     MAX_ELEMENTS / len
@@ -678,7 +633,7 @@ impl Workspace {
         Ok(Self {
             max_batch,
             slots,
-            scratch: AlignedBuffer::new(session.scratch_len(max_batch))?,
+            scratch: allocate(session.scratch_len(max_batch))?,
         })
     }
 
@@ -715,7 +670,17 @@ impl Workspace {
     fn value<'a>(&'a self, input: &'a [f32], operand: Operand, n: usize) -> &'a [f32] {
         match operand.place {
             Place::Input => input,
-            Place::Slot(slot) => &self.slots[slot].as_slice()[..n * operand.len],
+            Place::Slot(slot) => &self.slots[slot][..n * operand.len],
         }
     }
+}
+
+/// Memory for `len` values.
+fn allocate(len: usize) -> Result<Buffer<f32>> {
+    Buffer::try_zeroed(len).ok_or_else(|| {
+        Error::Config(format!(
+            "batch: cannot allocate a buffer of {} bytes",
+            Buffer::<f32>::bytes(len)
+        ))
+    })
 }

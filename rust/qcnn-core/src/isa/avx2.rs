@@ -87,6 +87,12 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn max_number(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: `self` proves AVX.
+        unsafe { _mm256_max_ps(a, b) }
+    }
+
+    #[inline(always)]
     fn min(self, a: __m256, b: __m256) -> __m256 {
         // SAFETY: `self` proves AVX.
         unsafe { _mm256_min_ps(a, b) }
@@ -111,6 +117,17 @@ impl Simd for Avx2 {
             // Shuffling works within halves: a, b, a, b.
             let even = _mm256_shuffle_ps::<0b10_00_10_00>(a, b);
             let pairs = _mm256_permute4x64_pd::<0b11_01_10_00>(_mm256_castps_pd(even));
+            _mm256_castpd_ps(pairs)
+        }
+    }
+
+    #[inline(always)]
+    fn odd(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: `self` proves AVX2.
+        unsafe {
+            // As in `even`.
+            let odd = _mm256_shuffle_ps::<0b11_01_11_01>(a, b);
+            let pairs = _mm256_permute4x64_pd::<0b11_01_10_00>(_mm256_castps_pd(odd));
             _mm256_castpd_ps(pairs)
         }
     }

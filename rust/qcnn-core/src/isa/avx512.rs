@@ -8,8 +8,8 @@ use std::arch::x86_64::{
     _mm512_div_ps, _mm512_dpbusd_epi32, _mm512_dpwssd_epi32, _mm512_extracti64x4_epi64,
     _mm512_fmadd_ps, _mm512_inserti64x4, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_madd_epi16,
     _mm512_maddubs_epi16, _mm512_mask_blend_epi16, _mm512_mask_blend_ps, _mm512_mask_max_ps,
-    _mm512_mask_shuffle_epi8, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_min_ps,
-    _mm512_movepi8_mask, _mm512_mul_ps, _mm512_packs_epi16, _mm512_packs_epi32,
+    _mm512_mask_shuffle_epi8, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_max_ps,
+    _mm512_min_ps, _mm512_movepi8_mask, _mm512_mul_ps, _mm512_packs_epi16, _mm512_packs_epi32,
     _mm512_permutex2var_epi8, _mm512_permutex2var_epi16, _mm512_permutex2var_epi32,
     _mm512_permutex2var_ps, _mm512_permutexvar_epi8, _mm512_permutexvar_epi16,
     _mm512_permutexvar_epi32, _mm512_permutexvar_ps, _mm512_rsqrt14_ps, _mm512_set1_epi16,
@@ -125,6 +125,12 @@ impl<const VNNI: bool, const VBMI: bool> Simd for Avx512<VNNI, VBMI> {
     }
 
     #[inline(always)]
+    fn max_number(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe { _mm512_max_ps(a, b) }
+    }
+
+    #[inline(always)]
     fn min(self, a: __m512, b: __m512) -> __m512 {
         // SAFETY: `self` proves AVX-512 F.
         unsafe { _mm512_min_ps(a, b) }
@@ -148,6 +154,16 @@ impl<const VNNI: bool, const VBMI: bool> Simd for Avx512<VNNI, VBMI> {
         unsafe {
             let index =
                 _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+            _mm512_permutex2var_ps(a, index, b)
+        }
+    }
+
+    #[inline(always)]
+    fn odd(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe {
+            let index =
+                _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
             _mm512_permutex2var_ps(a, index, b)
         }
     }

@@ -66,6 +66,11 @@ impl<const N: usize> Simd for Portable<N> {
     }
 
     #[inline(always)]
+    fn max_number(self, a: [f32; N], b: [f32; N]) -> [f32; N] {
+        std::array::from_fn(|i| if b[i] > a[i] { b[i] } else { a[i] })
+    }
+
+    #[inline(always)]
     fn min(self, a: [f32; N], b: [f32; N]) -> [f32; N] {
         std::array::from_fn(|i| if b[i] < a[i] { b[i] } else { a[i] })
     }
@@ -83,6 +88,14 @@ impl<const N: usize> Simd for Portable<N> {
     #[inline(always)]
     fn even(self, a: [f32; N], b: [f32; N]) -> [f32; N] {
         std::array::from_fn(|i| if 2 * i < N { a[2 * i] } else { b[2 * i - N] })
+    }
+
+    #[inline(always)]
+    fn odd(self, a: [f32; N], b: [f32; N]) -> [f32; N] {
+        std::array::from_fn(|i| {
+            let i = 2 * i + 1;
+            if i < N { a[i] } else { b[i - N] }
+        })
     }
 
     #[inline(always)]

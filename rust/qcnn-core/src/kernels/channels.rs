@@ -49,12 +49,12 @@
 
 use std::ops::Range;
 
-use super::permute::Line;
 use super::tile::pair;
 use super::{Candidate, ConvLayer, Kernel, Weights, vector_cycles};
 use crate::geometry::ConvGeometry;
 use crate::graph::PqGeometry;
 use crate::isa::{MAX_LANES, Simd, Task};
+use crate::memory::Buffer;
 
 /// Subspaces of a group: a pair of them for each byte of a lane.
 const OCTET: usize = 8;
@@ -105,7 +105,7 @@ pub(crate) struct ChannelsConv<S> {
     codewords: Vec<i32>,
     /// For each group, block of outputs, octet and tap the indices of half A for
     /// `BLOCK` vectors of outputs, then of half B.
-    codes: Vec<Line<i16>>,
+    codes: Buffer<u8>,
     /// `(groups, padded outputs)`
     bias: Vec<f32>,
 }
@@ -219,7 +219,7 @@ impl<S: Simd> ChannelsConv<S> {
             strip,
             subspaces: Vec::new(),
             codewords: Vec::new(),
-            codes: Vec::new(),
+            codes: Buffer::default(),
             bias,
         };
         let channels = kernel.geometry.group_in_channels();
@@ -285,15 +285,14 @@ impl<S: Simd> ChannelsConv<S> {
         packed
     }
 
-    fn pack_codes(&self, codes: &[u16]) -> Vec<Line<i16>> {
+    fn pack_codes(&self, codes: &[u16]) -> Buffer<u8> {
         let g = &self.geometry;
         let (taps, outputs) = (g.taps(), g.group_out_channels());
         let padded = outputs.next_multiple_of(Self::OUTPUTS);
         let len = g.groups * padded * self.octets() * taps * OCTET;
-        let mut packed = vec![Line([0; 32]); len.div_ceil(64)];
-        let bytes: &mut [u8] = bytemuck::cast_slice_mut(Line::flatten_mut(&mut packed));
+        let mut packed = Buffer::zeroed(len);
         let half_len = Self::OUTPUTS * HALF;
-        let mut halves = bytes.chunks_exact_mut(half_len);
+        let mut halves = packed.chunks_exact_mut(half_len);
         for group in 0..g.groups {
             for first in (0..padded).step_by(Self::OUTPUTS) {
                 for octet in 0..self.octets() {
@@ -406,7 +405,7 @@ impl<S: Simd> ChannelsConv<S> {
         let subspaces = &self.subspaces[set * self.octets() * OCTET..][..self.octets() * OCTET];
         let codewords = &self.codewords[set * self.set_len()..][..self.set_len()];
         let padded = g.group_out_channels().next_multiple_of(Self::OUTPUTS);
-        let codes: &[i8] = bytemuck::cast_slice(Line::flatten(&self.codes));
+        let codes: &[i8] = bytemuck::cast_slice(&self.codes);
         let codes_len = padded * self.octets() * g.taps() * OCTET;
         let codes = &codes[group * codes_len..][..codes_len];
         let bias = &self.bias[group * padded..][..padded];

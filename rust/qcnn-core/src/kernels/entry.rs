@@ -3,6 +3,8 @@
 use std::fmt::Debug;
 use std::ops::BitOrAssign;
 
+use bytemuck::Pod;
+
 use crate::isa::Simd;
 
 /// Greatest scale: it and its inverse are normal float32 numbers.
@@ -12,7 +14,7 @@ const MAX_SCALE: f64 = (1u128 << 126) as f64;
 pub(super) const MAX_CHUNK: usize = 100;
 
 /// An integer that codes are packed in.
-pub(crate) trait Lane: Copy + Debug + Default + Send + Sync + BitOrAssign + 'static {
+pub(crate) trait Lane: Pod + Debug + Default + Send + Sync + BitOrAssign {
     /// Its value.
     fn bits(self) -> usize;
 

@@ -8,9 +8,10 @@
 //! permutation ignores the bits above.
 //!
 //! Subspaces are taken in chunks: their tables are built, then used for all
-//! outputs. So the tables stay in L1 while the codes stream past once, in order.
-//! Within a chunk sums stay in registers, at its end they are added to the
-//! float32 responses, 16-bit ones scaled back.
+//! outputs. So the tables stay in L1 while the codes stream past once: those of up to
+//! four vectors of outputs at a time, which lie far apart, because memory gives four
+//! streams faster than one. Within a chunk sums stay in registers, at its end they are
+//! added to the float32 responses, 16-bit ones scaled back.
 //!
 //! Many inputs are zero behind a ReLU. A subspace whose inputs all are is left
 //! out, except that its codes are fetched: where memory is the limit, gaps that
@@ -53,6 +54,7 @@ use super::words::{transpose_codebooks, transpose_out};
 use super::{Candidate, FcLayer, Kernel, Weights, vector_cycles};
 use crate::graph::PqGeometry;
 use crate::isa::{MAX_LANES, Simd, Task};
+use crate::memory::Buffer;
 use crate::pack::Codes;
 
 /// Most vectors of codes whose outputs are summed up together.
@@ -81,36 +83,16 @@ pub(crate) struct PermuteFc<S, E: Entry> {
     /// Vectors of codes of a subspace.
     n_vectors: usize,
     /// `(subspaces, C', 2^bits)`, zeros behind the codewords.
-    codebooks: Vec<f32>,
+    codebooks: Buffer<f32>,
     /// For each chunk the greatest norm of an output's weights, if scales need
     /// it.
     norms: Vec<f64>,
-    /// For each chunk, for each block of vectors: `(subspaces, vectors)`. A
-    /// vector has the codes of as many outputs as it has lanes in their lowest
-    /// bits, those of the next outputs above them, and so on.
-    codes: Vec<Line<E::Lane>>,
+    /// For each chunk `(vectors, subspaces)`. A vector has the codes of as many outputs
+    /// as it has lanes in their lowest bits, those of the next outputs above them, and
+    /// so on.
+    codes: Buffer<E::Lane>,
     /// Padded to whole vectors of codes, never -0.
     bias: Vec<f32>,
-}
-
-/// A cache line, so that no load straddles two. Of 16-bit lanes; as many 32-bit
-/// lanes make two.
-#[derive(Clone, Copy, Debug)]
-#[repr(C, align(64))]
-pub(super) struct Line<L>(pub(super) [L; 32]);
-
-impl<L: Lane> Line<L> {
-    pub(super) fn flatten(lines: &[Self]) -> &[L] {
-        // SAFETY: a `Line` is 32 lanes without padding (`repr(C)`, 64 or 128
-        // bytes), so the lines are that many lanes in a row, borrowed as long as
-        // the slice lives.
-        unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), lines.len() * 32) }
-    }
-
-    pub(super) fn flatten_mut(lines: &mut [Self]) -> &mut [L] {
-        // SAFETY: as in `flatten`, and the borrow is exclusive.
-        unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * 32) }
-    }
 }
 
 /// Vectors of codes in a block: the sums leave registers for the table and the
@@ -177,9 +159,9 @@ impl<S: Simd, E: Entry> PermuteFc<S, E> {
             n_subspaces: pq.n_subspaces,
             bits,
             n_vectors,
-            codebooks: transpose_codebooks(pq, codebooks, 1 << bits),
+            codebooks: Buffer::copy_of(&transpose_codebooks(pq, codebooks, 1 << bits)),
             norms: Vec::new(),
-            codes: vec![Line([E::Lane::default(); 32]); lanes.div_ceil(32)],
+            codes: Buffer::zeroed(lanes),
             bias,
         };
         kernel.norms = kernel.pack(pq, codebooks, codes);
@@ -195,8 +177,6 @@ impl<S: Simd, E: Entry> PermuteFc<S, E> {
         let chunks: Vec<_> = self.chunks().collect();
         let mut greatest = vec![0.0f64; chunks.len()];
         let (lanes, lane_codes) = (Self::LANES, E::lane_codes(self.bits));
-        let block_len = block_len::<S, E>(self.bits);
-        let packed = Line::flatten_mut(&mut self.codes);
         // Of a vector and a chunk: the codes, then lane by lane what is packed.
         let mut rows = vec![0; lane_codes * lanes * MAX_CHUNK];
         let mut words = vec![E::Lane::default(); lanes * MAX_CHUNK];
@@ -206,8 +186,6 @@ impl<S: Simd, E: Entry> PermuteFc<S, E> {
             let outputs = v * columns..((v + 1) * columns).min(self.out_features);
             let range = outputs.start * pq.n_subspaces..outputs.end * pq.n_subspaces;
             let outputs = codes.range(range, &mut buffer);
-            let first = v - v % block_len;
-            let width = block_len.min(self.n_vectors - first);
             for (chunk, greatest) in chunks.iter().zip(&mut greatest) {
                 let len = chunk.len();
                 let outputs = outputs.chunks_exact(pq.n_subspaces);
@@ -230,11 +208,10 @@ impl<S: Simd, E: Entry> PermuteFc<S, E> {
                         *word |= E::Lane::from_code(*code, shift);
                     }
                 }
-                let start = (chunk.start * self.n_vectors + first * len) * lanes;
-                let packed = &mut packed[start..][..width * len * lanes];
-                for (m, row) in packed.chunks_exact_mut(width * lanes).enumerate() {
-                    let target = &mut row[(v - first) * lanes..][..lanes];
-                    for (lane, target) in target.iter_mut().enumerate() {
+                let start = (chunk.start * self.n_vectors + v * len) * lanes;
+                let packed = self.codes[start..].chunks_exact_mut(lanes);
+                for (m, row) in packed.take(len).enumerate() {
+                    for (lane, target) in row.iter_mut().enumerate() {
                         *target = words[lane * len + m];
                     }
                 }
@@ -253,7 +230,6 @@ impl<S: Simd, E: Entry> PermuteFc<S, E> {
 
     /// Chunks with their channels.
     fn chunks_and_channels(&self) -> impl Iterator<Item = (Chunk<'_, E>, Range<usize>)> {
-        let codes = Line::flatten(&self.codes);
         let row = self.n_vectors * Self::LANES;
         self.chunks()
             .zip(&self.norms)
@@ -267,7 +243,7 @@ impl<S: Simd, E: Entry> PermuteFc<S, E> {
                     codebooks: &self.codebooks
                         [subspaces.start * codebook_len..subspaces.end * codebook_len],
                     norm: *norm,
-                    codes: &codes[subspaces.start * row..subspaces.end * row],
+                    codes: &self.codes[subspaces.start * row..subspaces.end * row],
                 };
                 (chunk, channels)
             })
@@ -508,17 +484,19 @@ impl<E: Entry, const BITS: u32> Task for Responses<'_, E, BITS> {
         if n_active == 0 {
             return;
         }
-        let step = block_len::<S, E>(BITS);
-        for first in (0..n_vectors).step_by(step) {
-            let width = step.min(n_vectors - first);
+        let n_blocks = n_vectors.div_ceil(block_len::<S, E>(BITS));
+        for first in 0..n_blocks {
             let block = Block {
-                codes: &chunk.codes[first * chunk.len * lanes..][..width * chunk.len * lanes],
+                codes: chunk.codes,
+                len: chunk.len,
+                first,
+                distance: n_blocks,
                 subspaces: &subspaces[..n_active],
                 tables,
                 step: 1.0 / scale,
-                sums: &mut sums[first * columns..][..width * columns],
+                sums,
             };
-            match width {
+            match (n_vectors - first).div_ceil(n_blocks) {
                 1 => block.add::<S, BITS, 1>(simd),
                 2 => block.add::<S, BITS, 2>(simd),
                 3 => block.add::<S, BITS, 3>(simd),
@@ -576,16 +554,23 @@ fn build_tables<S: Simd, E: Entry, const BITS: u32>(
     n_active
 }
 
-/// A block of vectors of codes.
+/// A block of vectors of codes: some that lie far apart, because memory gives several
+/// streams faster than one.
 struct Block<'a, E: Entry> {
-    /// `(subspaces, vectors)`
+    /// Those of the chunk, `(vectors, subspaces)`.
     codes: &'a [E::Lane],
+    /// Subspaces.
+    len: usize,
+    /// The first vector.
+    first: usize,
+    /// From one vector to the next.
+    distance: usize,
     /// Those that have tables.
     subspaces: &'a [u16],
     tables: &'a [E],
     /// What 1 in the tables means.
     step: f32,
-    /// Those of the block's outputs.
+    /// One per output, padded.
     sums: &'a mut [f32],
 }
 
@@ -597,24 +582,28 @@ impl<E: Entry> Block<'_, E> {
     fn add<S: Simd, const BITS: u32, const V: usize>(self, simd: S) {
         let lanes = E::WIDTH * S::LANES;
         let lane_codes = E::lane_codes(BITS);
-        let rows = self.codes.len() / (V * lanes);
-        assert!(self.sums.len() >= V * lane_codes * lanes);
+        let vector = |v: usize| self.first + v * self.distance;
+        assert!(self.codes.len() >= (vector(V - 1) + 1) * self.len * lanes);
+        assert!(self.sums.len() >= (vector(V - 1) + 1) * lane_codes * lanes);
+        let mut codes = [self.codes.as_ptr(); V];
+        for v in 0..V {
+            codes[v] = codes[v].wrapping_add(vector(v) * self.len * lanes);
+        }
         let mut totals = [[E::zero(simd); MAX_LANE_CODES]; V];
         let mut tables = self.tables.chunks_exact(E::table_len(BITS));
         let mut next = 0;
         for &m in self.subspaces {
             let m = usize::from(m);
-            assert!(m < rows);
-            self.skip::<S, V>(simd, next..m);
+            assert!(m < self.len);
+            skip(simd, &codes, next * lanes..m * lanes);
             next = m + 1;
             let table = tables.next().expect("every subspace has a table");
             for v in 0..V {
-                // SAFETY: the block has `rows` rows of V vectors, of which m is
-                // one, as asserted; the table has the length that look-ups of
-                // BITS bits ask for.
+                // SAFETY: there are `len` codes of each vector, of which m is one, as
+                // asserted; the table has the length that look-ups of BITS bits ask
+                // for.
                 unsafe {
-                    let codes = self.codes.as_ptr().add((m * V + v) * lanes);
-                    let mut codes = E::load_codes(simd, codes);
+                    let mut codes = E::load_codes(simd, codes[v].add(m * lanes));
                     for i in 0..lane_codes {
                         let entries = E::look_up::<S, BITS>(simd, table.as_ptr(), codes);
                         totals[v][i] = E::add(simd, totals[v][i], entries);
@@ -623,23 +612,24 @@ impl<E: Entry> Block<'_, E> {
                 }
             }
         }
-        self.skip::<S, V>(simd, next..rows);
+        skip(simd, &codes, next * lanes..self.len * lanes);
         let step = simd.splat(self.step);
         for v in 0..V {
             for i in 0..lane_codes {
-                let sums = &mut self.sums[(v * lane_codes + i) * lanes..][..lanes];
+                let sums = &mut self.sums[(vector(v) * lane_codes + i) * lanes..][..lanes];
                 // SAFETY: there are as many sums as lanes.
                 unsafe { add_scaled::<S, E>(simd, totals[v][i], [step; 2], sums.as_mut_ptr()) };
             }
         }
     }
+}
 
-    /// Fetch the codes of rows that nothing is looked up in.
-    #[inline(always)]
-    fn skip<S: Simd, const V: usize>(&self, simd: S, rows: Range<usize>) {
-        let lanes = E::WIDTH * S::LANES;
-        for v in rows.start * V..rows.end * V {
-            simd.prefetch(self.codes.as_ptr().wrapping_add(v * lanes).cast());
+/// Fetch codes that nothing is looked up in.
+#[inline(always)]
+fn skip<S: Simd, L>(simd: S, codes: &[*const L], range: Range<usize>) {
+    for at in range.step_by(2 * S::LANES) {
+        for codes in codes {
+            simd.prefetch(codes.wrapping_add(at).cast());
         }
     }
 }
@@ -761,39 +751,32 @@ fn look_up_batch<S: Simd, E: Entry, const BITS: u32>(
 ) {
     let (lanes, lane_codes) = (E::WIDTH * S::LANES, E::lane_codes(BITS));
     let mask = (1 << BITS) - 1;
-    let n_vectors = chunk.codes.len() / (chunk.len * lanes);
-    let block_len = block_len::<S, E>(BITS);
     assert!(tables.len() >= (subspaces.len() << BITS) * lanes);
-    for first in (0..n_vectors).step_by(block_len) {
-        let width = block_len.min(n_vectors - first);
-        let codes = &chunk.codes[first * chunk.len * lanes..][..width * chunk.len * lanes];
-        let codes = &codes[subspaces.start * width * lanes..subspaces.end * width * lanes];
-        for v in 0..width {
-            let vector_len = lane_codes * lanes * lanes;
-            let sums = &mut chunk_sums[(first + v) * vector_len..][..vector_len];
-            for lane in 0..lanes {
-                let target = |i: usize| (i * lanes + lane) * lanes;
-                let mut totals = [E::zero(simd); MAX_LANE_CODES];
+    let vectors = chunk.codes.chunks_exact(chunk.len * lanes);
+    let vector_len = lane_codes * lanes * lanes;
+    for (codes, sums) in vectors.zip(chunk_sums.chunks_exact_mut(vector_len)) {
+        let codes = &codes[subspaces.start * lanes..subspaces.end * lanes];
+        for lane in 0..lanes {
+            let target = |i: usize| (i * lanes + lane) * lanes;
+            let mut totals = [E::zero(simd); MAX_LANE_CODES];
+            for i in 0..lane_codes {
+                // SAFETY: i and lane are below lane_codes and lanes.
+                totals[i] = unsafe { E::load(simd, sums.as_ptr().add(target(i))) };
+            }
+            for m in 0..subspaces.len() {
+                let word = codes[m * lanes + lane].bits();
                 for i in 0..lane_codes {
-                    // SAFETY: i and lane are below lane_codes and lanes.
-                    totals[i] = unsafe { E::load(simd, sums.as_ptr().add(target(i))) };
+                    let code = word >> (i as u32 * BITS) & mask;
+                    // SAFETY: there are tables of 2^BITS vectors for all
+                    // subspaces, as asserted.
+                    let entries =
+                        unsafe { E::load(simd, tables.as_ptr().add(((m << BITS) + code) * lanes)) };
+                    totals[i] = E::add(simd, totals[i], entries);
                 }
-                for m in 0..subspaces.len() {
-                    let word = codes[(m * width + v) * lanes + lane].bits();
-                    for i in 0..lane_codes {
-                        let code = word >> (i as u32 * BITS) & mask;
-                        // SAFETY: there are tables of 2^BITS vectors for all
-                        // subspaces, as asserted.
-                        let entries = unsafe {
-                            E::load(simd, tables.as_ptr().add(((m << BITS) + code) * lanes))
-                        };
-                        totals[i] = E::add(simd, totals[i], entries);
-                    }
-                }
-                for i in 0..lane_codes {
-                    // SAFETY: as for loading.
-                    unsafe { E::store(simd, sums.as_mut_ptr().add(target(i)), totals[i]) };
-                }
+            }
+            for i in 0..lane_codes {
+                // SAFETY: as for loading.
+                unsafe { E::store(simd, sums.as_mut_ptr().add(target(i)), totals[i]) };
             }
         }
     }

@@ -1,8 +1,12 @@
 //! Local response normalisation across channels.
 
-use crate::isa::{Level, MAX_LANES, Simd, Task};
+use crate::isa::{Level, Simd, Task};
 
-/// Pixels of all channels worked on together: the squares of an ordinary
+/// Vectors of pixels worked on together in windows of 5 channels: the squares take 20
+/// registers where there are 32.
+const STRIP: usize = 4;
+
+/// Pixels of all channels worked on together otherwise: the squares of an ordinary
 /// window stay in L1. A multiple of every level's lanes, and an odd number of
 /// cache lines, so that rows do not compete for the same ones.
 const BLOCK: usize = 496;
@@ -30,11 +34,10 @@ impl Lrn {
     }
 
     /// Elements of scratch that [`run`](Self::run) needs: the squares of a
-    /// window, their sums over pixels, and what is raised to the power.
+    /// window, and what is raised to the power.
     pub fn scratch_len(&self, channels: usize) -> usize {
         let [below, above] = self.reach(channels);
-        let n_rows = below + 1 + above;
-        n_rows * BLOCK + n_rows + BLOCK
+        (below + 1 + above) * BLOCK + BLOCK
     }
 
     /// Factor of the sum of squares.
@@ -53,15 +56,13 @@ impl Lrn {
         let [below, above] = self.reach(channels);
         let n_rows = below + 1 + above;
         let (squares, rest) = scratch.split_at_mut(n_rows * BLOCK);
-        let (bases, rest) = rest.split_at_mut(BLOCK);
         level.call(Apply {
             lrn: *self,
             channels,
             pixels,
             data,
             squares,
-            totals: &mut rest[..n_rows],
-            bases,
+            bases: &mut rest[..BLOCK],
         });
     }
 }
@@ -74,8 +75,6 @@ struct Apply<'a> {
     /// Of each channel of the window `BLOCK` values. Channel `c` has row `c`
     /// modulo the number of rows.
     squares: &'a mut [f32],
-    /// The sum of each row.
-    totals: &'a mut [f32],
     /// What is raised to the power, `BLOCK` values.
     bases: &'a mut [f32],
 }
@@ -91,41 +90,36 @@ impl Task for Apply<'_> {
             pixels,
             data,
             squares,
-            totals,
             bases,
         } = self;
         let [below, above] = lrn.reach(channels);
         let n_rows = below + 1 + above;
-        #[expect(clippy::float_cmp, reason = "exactly this constant")]
+        #[expect(clippy::float_cmp, reason = "exactly this exponent")]
         let three_quarters_of_positive =
             lrn.beta == 0.75 && lrn.alpha >= 0.0 && lrn.bias >= f32::MIN_POSITIVE;
         for image in data.chunks_exact_mut(channels * pixels) {
+            if three_quarters_of_positive && lrn.size == 5 {
+                fives(simd, lrn, [channels, pixels], image);
+                continue;
+            }
             for start in (0..pixels).step_by(BLOCK) {
                 let len = BLOCK.min(pixels - start);
                 // Channels below the first and above the last are zeros, and so
                 // is what a last block lacks.
                 squares.fill(0.0);
-                totals.fill(0.0);
                 for c in 0..channels + above {
                     let row = &mut squares[c % n_rows * BLOCK..][..BLOCK];
-                    totals[c % n_rows] = if c < channels {
-                        square(simd, &image[c * pixels + start..][..len], row)
+                    if c < channels {
+                        square(simd, &image[c * pixels + start..][..len], row);
                     } else {
                         row.fill(0.0);
-                        0.0
-                    };
+                    }
                     let Some(c) = c.checked_sub(above) else {
                         continue;
                     };
                     let values = &mut image[c * pixels + start..][..len];
-                    // No base exceeds this one, but for rounding: far from it.
-                    let greatest = lrn.bias + lrn.weight() * totals.iter().sum::<f32>();
-                    if three_quarters_of_positive && greatest < 0.5 * f32::MAX {
-                        // The usual window is compiled without a loop.
-                        match n_rows {
-                            5 => three_quarters(simd, lrn, 5, squares, values),
-                            n => three_quarters(simd, lrn, n, squares, values),
-                        }
+                    if three_quarters_of_positive {
+                        three_quarters(simd, lrn, n_rows, squares, values);
                     } else {
                         for i in (0..BLOCK).step_by(S::LANES) {
                             let base = base(simd, lrn, n_rows, squares, i);
@@ -141,22 +135,15 @@ impl Task for Apply<'_> {
     }
 }
 
-/// Write the squares of at most `BLOCK` values to the row of a channel. Returns
-/// their sum, infinity or NaN if one of them is.
+/// Write the squares of at most `BLOCK` values to the row of a channel.
 #[inline(always)]
-fn square<S: Simd>(simd: S, values: &[f32], row: &mut [f32]) -> f32 {
+fn square<S: Simd>(simd: S, values: &[f32], row: &mut [f32]) {
     assert!(values.len() <= BLOCK && row.len() == BLOCK);
-    let mut total = simd.splat(0.0);
     for i in (0..values.len()).step_by(S::LANES) {
         let x = simd.load_first(&values[i..]);
-        let square = simd.mul(x, x);
-        total = simd.add(total, square);
         // SAFETY: `i` is a multiple of the lanes below BLOCK, which is one, too.
-        unsafe { simd.store(row.as_mut_ptr().add(i), square) };
+        unsafe { simd.store(row.as_mut_ptr().add(i), simd.mul(x, x)) };
     }
-    let mut lanes = [0.0; MAX_LANES];
-    simd.store_first(&mut lanes, total);
-    lanes.into_iter().sum()
 }
 
 /// The bases of the powers of the vector of pixels from `i` on, a multiple of
@@ -198,15 +185,85 @@ fn three_quarters<S: Simd>(simd: S, lrn: Lrn, n_rows: usize, squares: &[f32], va
     }
 }
 
+/// Windows of 5 channels, the usual ones, of an image: strip by strip.
+#[inline(always)]
+fn fives<S: Simd>(simd: S, lrn: Lrn, extent: [usize; 2], image: &mut [f32]) {
+    let mut start = 0;
+    while start < extent[1] {
+        let strip = &mut image[start..];
+        let rest = extent[1] - start;
+        if rest >= STRIP * S::LANES {
+            strip_of_fives::<S, STRIP>(simd, lrn, extent, S::LANES, strip);
+            start += STRIP * S::LANES;
+        } else {
+            strip_of_fives::<S, 1>(simd, lrn, extent, rest.min(S::LANES), strip);
+            start += S::LANES;
+        }
+    }
+}
+
+/// Normalise `V` vectors of pixels of all channels; of the last one, `lanes` pixels. The
+/// squares of a window stay in registers.
+// Plain index loops, see `tile`.
+#[allow(clippy::needless_range_loop)]
+#[inline(always)]
+fn strip_of_fives<S: Simd, const V: usize>(
+    simd: S,
+    lrn: Lrn,
+    [channels, pixels]: [usize; 2],
+    lanes: usize,
+    strip: &mut [f32],
+) {
+    assert!(
+        lanes <= S::LANES && strip.len() >= (channels - 1) * pixels + (V - 1) * S::LANES + lanes
+    );
+    let (weight, bias) = (simd.splat(lrn.weight()), simd.splat(lrn.bias));
+    let strip = strip.as_mut_ptr();
+    let mut squares = [[simd.splat(0.0); V]; 5];
+    for c in 0..channels + 2 {
+        for i in 0..4 {
+            squares[i] = squares[i + 1];
+        }
+        for v in 0..V {
+            squares[4][v] = if c < channels {
+                // SAFETY: the strip has `lanes` values, or whole vectors of them, of
+                // each channel, as asserted.
+                let x = unsafe { simd.load_part(strip.add(c * pixels + v * S::LANES), lanes) };
+                simd.mul(x, x)
+            } else {
+                simd.splat(0.0)
+            };
+        }
+        if c < 2 {
+            continue;
+        }
+        for v in 0..V {
+            let mut sum = squares[0][v];
+            for i in 1..5 {
+                sum = simd.add(sum, squares[i][v]);
+            }
+            let base = simd.mul_add(sum, weight, bias);
+            // SAFETY: as above, of the channel in the middle of the window.
+            unsafe {
+                let target = strip.add((c - 2) * pixels + v * S::LANES);
+                let x = simd.load_part(target, lanes);
+                simd.store_part(target, divide(simd, x, base), lanes);
+            }
+        }
+    }
+}
+
 /// `x` by `base` to the power of 3/4, the exponent of `AlexNet` and its
-/// descendants, without a division or a root. The base is positive and finite.
+/// descendants, without a division or a root. The base is positive, infinity or NaN.
 #[inline(always)]
 fn divide<S: Simd>(s: S, x: S::F32, base: S::F32) -> S::F32 {
-    // A guess of base^(-3/4). Multiplied in this order nothing underflows.
+    // A guess of base^(-3/4). Multiplied in this order nothing underflows. An infinite
+    // base makes it 0, as no root of a finite one is below the limit.
     let root = s.rsqrt_estimate(base);
-    let guess = s.mul(root, s.mul(root, s.rsqrt_estimate(root)));
+    let fourth = s.rsqrt_estimate(s.max_number(root, s.splat(LEAST_ROOT)));
+    let guess = s.mul(root, s.mul(root, fourth));
     // error = base^3 * guess^4 - 1, from factors of moderate size.
-    let quarter = s.mul(base, guess);
+    let quarter = s.mul(s.min(base, s.splat(f32::MAX)), guess);
     let half = s.mul(quarter, guess);
     let error = s.mul_add(s.mul(quarter, quarter), half, s.splat(-1.0));
     // guess / (1 + error)^(1/4), by the first terms of its series. The error is
@@ -215,6 +272,9 @@ fn divide<S: Simd>(s: S, x: S::F32, base: S::F32) -> S::F32 {
     let y = s.mul(x, guess);
     s.mul_add(y, series, y)
 }
+
+/// Less than the reciprocal root of any float32 number.
+const LEAST_ROOT: f32 = 1e-20;
 
 #[cfg(test)]
 mod tests {
@@ -300,16 +360,18 @@ mod tests {
 
     #[test]
     fn infinity_stays_in_its_window() {
-        let lrn = Lrn {
-            size: 3,
-            alpha: 1.0,
-            beta: 0.75,
-            bias: 1.0,
-        };
-        for special in [f32::INFINITY, f32::NEG_INFINITY, f32::NAN] {
-            let mut input = input(6 * 40, 1.5);
-            input[2 * 40 + 5] = special;
-            check(lrn, [6, 40], &input);
+        for (size, pixels) in [(3, 40), (5, 40), (5, 200)] {
+            let lrn = Lrn {
+                size,
+                alpha: 1.0,
+                beta: 0.75,
+                bias: 1.0,
+            };
+            for special in [f32::INFINITY, f32::NEG_INFINITY, f32::NAN] {
+                let mut input = input(8 * pixels, 1.5);
+                input[2 * pixels + 5] = special;
+                check(lrn, [8, pixels], &input);
+            }
         }
     }
 }

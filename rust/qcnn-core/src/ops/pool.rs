@@ -1,6 +1,6 @@
 //! Pooling.
 
-use crate::geometry::PoolGeometry;
+use crate::geometry::{Padding, PoolGeometry};
 use crate::isa::{Level, MAX_LANES, Simd, Task};
 
 /// Rows of windows reduced vertically before any is reduced horizontally: the
@@ -118,8 +118,16 @@ impl Task for Apply<'_> {
         match pool.reduction {
             Reduction::Max => {
                 rows.fill(f32::NEG_INFINITY);
+                let halves = halves(g);
                 for (plane, out) in planes.zip(out_planes) {
-                    reduce_plane::<S, Max>(simd, g, plane, out, rows);
+                    let done = match g.kernel {
+                        [2, 2] if halves => halve_plane::<S, 2>(simd, g, plane, out),
+                        [3, 3] if halves => halve_plane::<S, 3>(simd, g, plane, out),
+                        _ => false,
+                    };
+                    if !done {
+                        reduce_plane::<S, Max>(simd, g, plane, out, rows);
+                    }
                 }
             }
             Reduction::Average { .. } => {
@@ -182,6 +190,79 @@ impl Combine for Sum {
     fn vector<S: Simd>(simd: S, a: S::F32, b: S::F32) -> S::F32 {
         simd.add(a, b)
     }
+}
+
+/// Whether windows are two rows and columns apart, and none has any padding.
+fn halves(g: &PoolGeometry) -> bool {
+    let fits = |axis: usize| 2 * (g.out_size[axis] - 1) + g.kernel[axis] <= g.in_size[axis];
+    g.stride == [2, 2] && g.padding == Padding::default() && fits(0) && fits(1)
+}
+
+/// The greatest values of the windows of `K` rows and columns, 2 or 3, of a plane that
+/// [`halves`], all of it in registers. False if a value may be NaN: then they are not.
+#[inline(always)]
+fn halve_plane<S: Simd, const K: usize>(
+    simd: S,
+    g: &PoolGeometry,
+    plane: &[f32],
+    out: &mut [f32],
+) -> bool {
+    let (width, n_out) = (g.in_size[1], g.out_size[1]);
+    // NaN if a value is.
+    let mut sum = simd.splat(0.0);
+    for y in 0..g.out_size[0] {
+        let lines = &plane[2 * y * width..];
+        let mut columns = greatest_of_lines::<S, K>(simd, lines, width, &mut sum);
+        for x in (0..n_out).step_by(S::LANES) {
+            let rest = n_out - x;
+            let [even, odd] = columns;
+            let mut windows = simd.max_number(even, odd);
+            if K == 3 {
+                // The next column of the last window.
+                if rest >= S::LANES {
+                    let lines = &lines[(2 * (x + S::LANES)).min(lines.len())..];
+                    columns = greatest_of_lines::<S, K>(simd, lines, width, &mut sum);
+                }
+                windows = simd.max_number(windows, simd.shift_pair([even, columns[0]], 1));
+            } else if rest > S::LANES {
+                let lines = &lines[2 * (x + S::LANES)..];
+                columns = greatest_of_lines::<S, K>(simd, lines, width, &mut sum);
+            }
+            // What is written beyond the row will be replaced by the next one.
+            simd.store_first(&mut out[y * n_out + x..], windows);
+        }
+    }
+    let mut lanes = [0.0; MAX_LANES];
+    simd.store_first(&mut lanes, sum);
+    !lanes.into_iter().sum::<f32>().is_nan()
+}
+
+/// The greatest values of the first two vectors of `K` lines: of their even, of their odd
+/// columns. All values are added to `sum`. Lines may end early.
+// Plain index loops, see `tile`.
+#[allow(clippy::needless_range_loop)]
+#[inline(always)]
+fn greatest_of_lines<S: Simd, const K: usize>(
+    simd: S,
+    lines: &[f32],
+    width: usize,
+    sum: &mut S::F32,
+) -> [S::F32; 2] {
+    let mut greatest = [simd.splat(0.0); 2];
+    for half in 0..2 {
+        for y in 0..K {
+            let at = (y * width + half * S::LANES).min(lines.len());
+            let line = simd.load_first(&lines[at..]);
+            *sum = simd.add(*sum, line);
+            greatest[half] = if y == 0 {
+                line
+            } else {
+                simd.max_number(greatest[half], line)
+            };
+        }
+    }
+    let [low, high] = greatest;
+    [simd.even(low, high), simd.odd(low, high)]
 }
 
 /// Reduce rows of windows first vertically, each to one padded row, then
@@ -346,4 +427,85 @@ fn reduce_lanes<C: Combine>(values: &[f32]) -> f32 {
         }
     }
     lanes.into_iter().fold(C::IDENTITY, C::one)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::isa::Isa;
+
+    /// The greatest value of each window of a plane, one after the other.
+    fn greatest(g: &PoolGeometry, plane: &[f32]) -> Vec<f32> {
+        let mut out = Vec::new();
+        for i in 0..g.out_size[0] {
+            for j in 0..g.out_size[1] {
+                let rows = window(g, 0, i);
+                let values =
+                    rows.flat_map(|y| window(g, 1, j).map(move |x| plane[y * g.in_size[1] + x]));
+                out.push(values.fold(f32::NEG_INFINITY, Max::one));
+            }
+        }
+        out
+    }
+
+    /// Windows that are two apart, with and without a remainder of the map, and with NaN
+    /// and infinities.
+    #[test]
+    fn maxima_of_every_second_window() {
+        for kernel in [2, 3] {
+            for [height, width] in [
+                [kernel; 2],
+                [3, 4],
+                [8, 9],
+                [9, 8],
+                [4, 15],
+                [5, 16],
+                [6, 17],
+                [3, 31],
+                [4, 32],
+                [5, 33],
+                [7, 34],
+                [4, 63],
+                [3, 64],
+                [5, 65],
+                [7, 66],
+                [3, 130],
+            ] {
+                for (ceil, padding) in [(false, 0), (true, 0), (false, 1)] {
+                    let input = [2, height, width];
+                    let g =
+                        PoolGeometry::new("pool", input, [kernel; 2], [2; 2], [padding; 4], ceil)
+                            .unwrap();
+                    for special in [0.5, f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                        let pixels = height * width;
+                        let mut input: Vec<f32> = (0..2 * pixels)
+                            .map(|i| (i * 7919 % 2003) as f32 - 1500.0)
+                            .collect();
+                        input[pixels / 2] = special;
+                        input[pixels + pixels / 3] = -special;
+                        input[pixels + 1] = special;
+                        let expected: Vec<f32> = input
+                            .chunks_exact(pixels)
+                            .flat_map(|plane| greatest(&g, plane))
+                            .collect();
+                        let pool = Pool::new(&g, Reduction::Max);
+                        for isa in Isa::available() {
+                            let mut scratch = vec![f32::NAN; pool.scratch_len()];
+                            let mut output = vec![f32::NAN; expected.len()];
+                            let level = isa.level().unwrap();
+                            pool.run(level, &input, &mut output, &mut scratch);
+                            let same = output
+                                .iter()
+                                .zip(&expected)
+                                .all(|(a, b)| a.total_cmp(b).is_eq() || a.is_nan() && b.is_nan());
+                            assert!(
+                                same,
+                                "{isa} {g:?} {special}: {output:?}, expected {expected:?}"
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
 }
