@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import io
 import math
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from qcnn_py.dataset_config import (
 from qcnn_py.errors import DatasetError, ModelFormatError
 from qcnn_py.image_files import (
     IMAGE_SUFFIXES,
+    ZIP_ERRORS,
     ImageFiles,
     is_visible,
     open_image_files,
@@ -47,6 +47,8 @@ SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 
 IntArray = npt.NDArray[np.int64]
 
+# Deflate makes data at most 1032 times smaller.
+_MOST_EXPANSION = 1040
 _SPLIT_FOLDERS: Mapping[str, SplitName] = {
     "train": "train",
     "val": "validation",
@@ -334,31 +336,38 @@ def _read_idx(path: Path, n_dimensions: int) -> npt.NDArray[np.uint8]:
     dimensions), as many 32-bit lengths, then the values, last dimension fastest.
     """
     data = _read_bytes(path, "an IDX file")
-    if data.startswith(b"\x1f\x8b"):
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as error:
-            raise DatasetError(f"{path}: damaged gzip data: {error}") from error
+    packed = data.startswith(b"\x1f\x8b")
+    file = gzip.GzipFile(fileobj=io.BytesIO(data)) if packed else io.BytesIO(data)
     header_size = 4 + 4 * n_dimensions
     magic = 0x800 + n_dimensions
-    if len(data) < header_size:
+    try:
+        header = file.read(header_size)
+        if len(header) < header_size:
+            raise DatasetError(
+                f"{path}: truncated, got {len(header)} bytes, expected an IDX header "
+                f"of {header_size}"
+            )
+        got, *shape = np.frombuffer(header, ">u4").tolist()
+        if got != magic:
+            raise DatasetError(
+                f"{path}: got magic number 0x{got:08x}, expected 0x{magic:08x} "
+                f"(unsigned bytes, {n_dimensions} dimensions)"
+            )
+        size = math.prod(shape)
+        # What the header does not announce is not unpacked.
+        values = file.read(min(size, _MOST_EXPANSION * len(data)) + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DatasetError(f"{path}: damaged gzip data: {error}") from error
+    if len(values) != size:
+        more = "more than " * (len(values) > size)
         raise DatasetError(
-            f"{path}: truncated, got {len(data)} bytes, expected an IDX header of "
-            f"{header_size}"
+            f"{path}: got {more}{header_size + min(len(values), size)} bytes, expected "
+            f"{header_size + size} for shape {tuple(shape)}"
         )
-    got, *shape = np.frombuffer(data, ">u4", 1 + n_dimensions).tolist()
-    if got != magic:
-        raise DatasetError(
-            f"{path}: got magic number 0x{got:08x}, expected 0x{magic:08x} (unsigned "
-            f"bytes, {n_dimensions} dimensions)"
-        )
-    expected_size = header_size + math.prod(shape)
-    if len(data) != expected_size:
-        raise DatasetError(
-            f"{path}: got {len(data)} bytes, expected {expected_size} for shape "
-            f"{tuple(shape)}"
-        )
-    return np.frombuffer(data, np.uint8, offset=header_size).reshape(shape)
+    try:
+        return np.frombuffer(values, np.uint8).reshape(shape)
+    except ValueError as error:  # No element, but another extent beyond all bounds.
+        raise DatasetError(f"{path}: got shape {tuple(shape)}: {error}") from error
 
 
 def _read_cifar(config: CifarConfig) -> Source:
@@ -426,15 +435,14 @@ def _read_npz(config: NpzConfig) -> Source:
     data = io.BytesIO(_read_bytes(path, "a .npz file"))
     try:
         loaded = np.load(data, allow_pickle=False)
-        arrays = {name: loaded[name] for name in loaded.files}
-    except (
-        AttributeError,
-        OSError,
-        EOFError,
-        RuntimeError,  # An encrypted member, or a kind of zip that Python cannot read.
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+        # Any other member of the archive is given as bytes.
+        members = {name: loaded[name] for name in loaded.files}
+        arrays = {
+            name: member
+            for name, member in members.items()
+            if isinstance(member, np.ndarray)
+        }
+    except (AttributeError, *ZIP_ERRORS) as error:
         raise DatasetError(f"{path}: expected a .npz file, got {error}") from error
     except ValueError as error:
         raise DatasetError(

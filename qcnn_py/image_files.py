@@ -16,7 +16,13 @@ from PIL import Image
 from qcnn_py.errors import DatasetError
 from qcnn_py.preprocessing import decode_image
 
-__all__ = ["IMAGE_SUFFIXES", "ImageFiles", "is_visible", "open_image_files"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "ZIP_ERRORS",
+    "ImageFiles",
+    "is_visible",
+    "open_image_files",
+]
 
 IMAGE_SUFFIXES = (
     ".bmp",
@@ -30,6 +36,16 @@ IMAGE_SUFFIXES = (
     ".tiff",
     ".webp",
 )
+
+ZIP_ERRORS = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    UnicodeDecodeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What zipfile raises for damaged, encrypted and exotic archives and members."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +81,7 @@ class ImageFiles:
         try:
             with self.open(name) as file:
                 return decode_image(file, full_name)
-        # What zipfile raises for damaged, encrypted and exotic members.
-        except (OSError, zipfile.BadZipFile, RuntimeError, zlib.error) as error:
+        except ZIP_ERRORS as error:
             raise DatasetError(f"{full_name}: cannot be read: {error}") from error
 
 
@@ -132,7 +147,7 @@ def _open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
         raise DatasetError(
             f"{path}: not found, expected a folder of images or a zip of one"
         ) from error
-    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
+    except ZIP_ERRORS as error:
         raise DatasetError(
             f"{path}: expected a folder of images or a zip of one, got {error}"
         ) from error
