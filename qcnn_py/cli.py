@@ -507,7 +507,7 @@ def quantize_command(
             layers.append(layer)
             progress.update(task, advance=1, description=f"quantised {layer.layer}")
 
-        quantized = quantize(original, images, settings, seed, on_layer)
+        quantized = quantize(original, images, settings, seed, on_layer=on_layer)
         if distill:
             from qcnn_py.distillation import distill_codebooks
 
