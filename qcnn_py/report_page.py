@@ -40,7 +40,7 @@ _SPREAD = ("minimum", "lower_quartile", "upper_quartile", "mean", "maximum")
 
 _STAGE_LABELS = {
     "original": ("original", "original"),
-    "activations_quantized": ("activations quantised", "inputs\nquantised"),
+    "activations_quantized": ("activations quantised", "inputs\nrounded"),
     "conv_quantized": ("convolutions quantised", "conv\nquantised"),
     "finetuned": ("fully connected layers fine-tuned", "fine-\ntuned"),
     "requantized": ("everything quantised", "all\nquantised"),

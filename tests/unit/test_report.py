@@ -338,6 +338,19 @@ def test_accuracies_are_percentages_over_the_replicates(pipeline):
     assert accuracy["points_lost"]["values"] == pytest.approx([1, 1])
 
 
+def test_quantised_activations_are_a_stage(artefacts, tmp_path):
+    paths = []
+    for number, path in enumerate(artefacts["evaluations"]):
+        stages = json.loads(path.read_text())["stages"]
+        stages["activations_quantized"] = stages["original"]
+        paths.append(tmp_path / f"{number}.json")
+        save_json(paths[-1], {"stages": stages})
+    report, page = build(tmp_path, {**artefacts, "evaluations": paths})
+    names = [stage["name"] for stage in report["accuracy"]["stages"]]
+    assert names[:3] == ["original", "activations_quantized", "conv_quantized"]
+    assert "activations quantised" in page
+
+
 def test_layers_carry_their_response_errors(pipeline):
     errors = {layer["name"]: layer["response_error"] for layer in pipeline["layers"]}
     assert errors["conv1"]["relative"]["values"] == pytest.approx([0.01, 0.02])
