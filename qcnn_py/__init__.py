@@ -8,8 +8,15 @@ installs it.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+try:
+    from qcnn_py._engine import __version__
+except ModuleNotFoundError as error:
+    raise ImportError(
+        f"the engine of qcnn is not built in {__path__[0]}: run 'pip install -e .' in "
+        "this checkout, or start Python in another folder"
+    ) from error
 from qcnn_py import activations
-from qcnn_py._engine import __version__
+from qcnn_py.classification import Prediction
 from qcnn_py.errors import (
     ConfigError,
     DatasetError,
@@ -39,6 +46,7 @@ __all__ = [
     "Network",
     "Node",
     "NotFittedError",
+    "Prediction",
     "ProductQuantizer",
     "QcnnError",
     "QuantizedWeights",

@@ -9,13 +9,11 @@ from __future__ import annotations
 import gzip
 import io
 import math
-import os
-import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -32,7 +30,14 @@ from qcnn_py.dataset_config import (
     ReferenceConfig,
 )
 from qcnn_py.errors import DatasetError, ModelFormatError
-from qcnn_py.preprocessing import ChannelOrder, Pixels, decode_image
+from qcnn_py.image_files import (
+    IMAGE_SUFFIXES,
+    ZIP_ERRORS,
+    ImageFiles,
+    is_visible,
+    open_image_files,
+)
+from qcnn_py.preprocessing import ChannelOrder, Pixels
 from qcnn_py.reference_format import map_bin
 
 __all__ = ["SPLITS", "Source", "SplitName", "open_source"]
@@ -42,18 +47,8 @@ SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 
 IntArray = npt.NDArray[np.int64]
 
-_IMAGE_SUFFIXES = (
-    ".bmp",
-    ".gif",
-    ".jpeg",
-    ".jpg",
-    ".pgm",
-    ".png",
-    ".ppm",
-    ".tif",
-    ".tiff",
-    ".webp",
-)
+# Deflate makes data at most 1032 times smaller.
+_MOST_EXPANSION = 1040
 _SPLIT_FOLDERS: Mapping[str, SplitName] = {
     "train": "train",
     "val": "validation",
@@ -116,86 +111,17 @@ def open_source(config: DatasetConfig) -> Iterator[Source]:
             yield _read_npz(config)
         case ReferenceConfig():
             yield _read_reference(config)
-        case ImagesConfig(path=path) if path.is_dir():
-            files, folders = _list_folder(path)
-            yield _index_images(
-                path, files, folders, lambda name: (path / name).open("rb")
-            )
         case ImagesConfig(path=path):
-            with _open_zip(path) as archive:
-                members, folders = _list_zip(path, archive)
-                yield _index_images(
-                    path, members, folders, lambda name: archive.open(members[name])
-                )
+            with open_image_files(path) as files:
+                yield _index_images(files)
 
 
 # --- image files ----------------------------------------------------------------------
 
 
-def _list_folder(path: Path) -> tuple[list[str], list[str]]:
-    """Return files and folders below a folder, relative, with forward slashes."""
-    files: list[str] = []
-    folders: list[str] = []
-    for root, below, names in os.walk(path, followlinks=True):
-        base = Path(root).relative_to(path)
-        files += [(base / name).as_posix() for name in names]
-        folders += [(base / name).as_posix() for name in below]
-    return files, folders
-
-
-@contextmanager
-def _open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
-    try:
-        archive = zipfile.ZipFile(path)
-    except FileNotFoundError as error:
-        raise DatasetError(
-            f"{path}: not found, expected a folder of images or a zip of one"
-        ) from error
-    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise DatasetError(
-            f"{path}: expected a folder of images or a zip of one, got {error}"
-        ) from error
-    with archive:
-        yield archive
-
-
-def _list_zip(
-    path: Path, archive: zipfile.ZipFile
-) -> tuple[dict[str, zipfile.ZipInfo], list[str]]:
-    """Return files by name and folders, with forward slashes."""
-    files: dict[str, zipfile.ZipInfo] = {}
-    folders: list[str] = []
-    for info in archive.infolist():
-        # Some archivers on Windows write backslashes.
-        name = info.filename.replace("\\", "/")
-        parts = PurePosixPath(name).parts
-        if not parts or name.startswith("/") or ".." in parts:
-            raise DatasetError(
-                f"{path}: got entry {info.filename!r}, expected relative paths inside "
-                "the archive"
-            )
-        tidy = "/".join(parts)
-        if name.endswith("/"):
-            folders.append(tidy)
-        elif tidy in files:
-            raise DatasetError(f"{path}: got entry {tidy!r} twice, expected it once")
-        else:
-            files[tidy] = info
-    return files, folders
-
-
-def _index_images(
-    path: Path,
-    files: Iterable[str],
-    folders: Iterable[str],
-    open_item: Callable[[str], Any],
-) -> Source:
+def _index_images(files: ImageFiles) -> Source:
     """Find out splits and classes from the paths of the images."""
-    images = sorted(name for name in files if _is_image(name))
-    if not images:
-        raise DatasetError(
-            f"{path}: got no image, expected files named {', '.join(_IMAGE_SUFFIXES)}"
-        )
+    path, images = files.path, files.names
     skipped, has_splits = _find_layout(path, images)
     depth = skipped + has_splits + 2
     expected = f"{'<root>/' * skipped}{'<split>/' * has_splits}<class>/<file>"
@@ -209,15 +135,11 @@ def _index_images(
         split = _SPLIT_FOLDERS[parts[skipped]] if has_splits else "train"
         found.setdefault(split, {}).setdefault(parts[-2], []).append(name)
     used = {name.rpartition("/")[0] for name in images}
-    for folder in sorted(folders):
-        if (
-            folder.count("/") == depth - 2
-            and _is_visible(folder)
-            and folder not in used
-        ):
+    for folder in files.folders:
+        if folder.count("/") == depth - 2 and is_visible(folder) and folder not in used:
             raise DatasetError(
                 f"{path}: got no image in class folder {folder!r}, expected at least "
-                f"one file named {', '.join(_IMAGE_SUFFIXES)}"
+                f"one file named {', '.join(IMAGE_SUFFIXES)}"
             )
     class_names = tuple(sorted(found["train"]))
     for split, classes in found.items():
@@ -241,21 +163,13 @@ def _index_images(
     def item_name(item: int) -> str:
         return f"{path}/{names[item]}"
 
-    def read(item: int) -> Image.Image:
-        try:
-            with open_item(names[item]) as file:
-                return decode_image(file, item_name(item))
-        # What zipfile raises for damaged, encrypted and exotic members.
-        except (OSError, zipfile.BadZipFile, RuntimeError, zlib.error) as error:
-            raise DatasetError(f"{item_name(item)}: cannot be read: {error}") from error
-
     return Source(
         name=str(path),
         class_names=class_names,
         labels=np.array(labels, np.int64),
         parts=items,
         channel_order="rgb",
-        read=read,
+        read=lambda item: files.decode(names[item]),
         item_name=item_name,
     )
 
@@ -275,17 +189,6 @@ def _find_layout(path: Path, images: Sequence[str]) -> tuple[int, bool]:
             "folders, or train, test and perhaps val"
         )
     return skipped, has_splits
-
-
-def _is_image(name: str) -> bool:
-    return _is_visible(name) and name.lower().endswith(_IMAGE_SUFFIXES)
-
-
-def _is_visible(name: str) -> bool:
-    """Whether a path is free of hidden parts and of macOS's resource forks."""
-    return not any(
-        part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts
-    )
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -433,31 +336,38 @@ def _read_idx(path: Path, n_dimensions: int) -> npt.NDArray[np.uint8]:
     dimensions), as many 32-bit lengths, then the values, last dimension fastest.
     """
     data = _read_bytes(path, "an IDX file")
-    if data.startswith(b"\x1f\x8b"):
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as error:
-            raise DatasetError(f"{path}: damaged gzip data: {error}") from error
+    packed = data.startswith(b"\x1f\x8b")
+    file = gzip.GzipFile(fileobj=io.BytesIO(data)) if packed else io.BytesIO(data)
     header_size = 4 + 4 * n_dimensions
     magic = 0x800 + n_dimensions
-    if len(data) < header_size:
+    try:
+        header = file.read(header_size)
+        if len(header) < header_size:
+            raise DatasetError(
+                f"{path}: truncated, got {len(header)} bytes, expected an IDX header "
+                f"of {header_size}"
+            )
+        got, *shape = np.frombuffer(header, ">u4").tolist()
+        if got != magic:
+            raise DatasetError(
+                f"{path}: got magic number 0x{got:08x}, expected 0x{magic:08x} "
+                f"(unsigned bytes, {n_dimensions} dimensions)"
+            )
+        size = math.prod(shape)
+        # What the header does not announce is not unpacked.
+        values = file.read(min(size, _MOST_EXPANSION * len(data)) + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DatasetError(f"{path}: damaged gzip data: {error}") from error
+    if len(values) != size:
+        more = "more than " * (len(values) > size)
         raise DatasetError(
-            f"{path}: truncated, got {len(data)} bytes, expected an IDX header of "
-            f"{header_size}"
+            f"{path}: got {more}{header_size + min(len(values), size)} bytes, expected "
+            f"{header_size + size} for shape {tuple(shape)}"
         )
-    got, *shape = np.frombuffer(data, ">u4", 1 + n_dimensions).tolist()
-    if got != magic:
-        raise DatasetError(
-            f"{path}: got magic number 0x{got:08x}, expected 0x{magic:08x} (unsigned "
-            f"bytes, {n_dimensions} dimensions)"
-        )
-    expected_size = header_size + math.prod(shape)
-    if len(data) != expected_size:
-        raise DatasetError(
-            f"{path}: got {len(data)} bytes, expected {expected_size} for shape "
-            f"{tuple(shape)}"
-        )
-    return np.frombuffer(data, np.uint8, offset=header_size).reshape(shape)
+    try:
+        return np.frombuffer(values, np.uint8).reshape(shape)
+    except ValueError as error:  # No element, but another extent beyond all bounds.
+        raise DatasetError(f"{path}: got shape {tuple(shape)}: {error}") from error
 
 
 def _read_cifar(config: CifarConfig) -> Source:
@@ -525,15 +435,14 @@ def _read_npz(config: NpzConfig) -> Source:
     data = io.BytesIO(_read_bytes(path, "a .npz file"))
     try:
         loaded = np.load(data, allow_pickle=False)
-        arrays = {name: loaded[name] for name in loaded.files}
-    except (
-        AttributeError,
-        OSError,
-        EOFError,
-        RuntimeError,  # An encrypted member, or a kind of zip that Python cannot read.
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+        # Any other member of the archive is given as bytes.
+        members = {name: loaded[name] for name in loaded.files}
+        arrays = {
+            name: member
+            for name, member in members.items()
+            if isinstance(member, np.ndarray)
+        }
+    except (AttributeError, *ZIP_ERRORS) as error:
         raise DatasetError(f"{path}: expected a .npz file, got {error}") from error
     except ValueError as error:
         raise DatasetError(

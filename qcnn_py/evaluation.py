@@ -1,18 +1,22 @@
-"""Accuracy of a network on a data set's test images."""
+"""Accuracy of a network on labelled images."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from qcnn_py.datasets import Dataset
 from qcnn_py.errors import DatasetError, ShapeError
-from qcnn_py.network import Network
+from qcnn_py.model import Model
+from qcnn_py.network import FloatArray, Network
 
-__all__ = ["evaluate"]
+__all__ = ["BATCH_SIZE", "evaluate", "score"]
 
-_BATCH_SIZE = 100
+BATCH_SIZE = 100
+"""Images classified at a time."""
 
 
 def evaluate(
@@ -55,10 +59,29 @@ def evaluate(
             "one value per class"
         )
     model = network.compile(precision=precision, threads=threads)
-    outputs = [
-        model(batch).reshape(-1, n_classes)
-        for batch in dataset.batches("test", _BATCH_SIZE)
-    ]
+    return score(model, dataset.batches("test", BATCH_SIZE), labels)
+
+
+def score(
+    model: Model, batches: Iterable[FloatArray], labels: npt.NDArray[np.integer]
+) -> dict[str, Any]:
+    """Classify images and compare with their labels.
+
+    Parameters
+    ----------
+    model : Model
+        One output per class.
+    batches : iterable of ndarray of float32, shape (N, C, H, W)
+        Preprocessed images.
+    labels : ndarray of int, shape (images,)
+        Number of each image's class.
+
+    Returns
+    -------
+    dict
+        See `evaluate`.
+    """
+    outputs = [model(batch).reshape(len(batch), -1) for batch in batches]
     best = np.argsort(-np.concatenate(outputs), axis=1, kind="stable")[:, :5]
     hits = best == labels[:, None]
     return {

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from qcnn_py import _engine
+from qcnn_py.classification import Prediction, classify
 from qcnn_py.errors import ConfigError, ShapeError
 from qcnn_py.network import FloatArray, Network
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 __all__ = ["Model", "available_isas", "load"]
 
@@ -52,8 +56,9 @@ def load(
 class Model:
     """A network planned for one machine; call it with a batch of images.
 
-    Made by :func:`load` or :meth:`Network.compile`. It may be used from
-    several threads at once.
+    Made by :func:`load` or :meth:`Network.compile`. It does not change and may be
+    used from several threads at once. A pickled model is planned anew for the machine
+    that reads it.
 
     Parameters
     ----------
@@ -61,6 +66,19 @@ class Model:
         What to run.
     precision, isa, threads
         See :meth:`Network.compile`.
+
+    Examples
+    --------
+    >>> from qcnn_py.architectures import conv_fc
+    >>> model = conv_fc((1, 8, 8), (4,), (), 10, seed=0).compile("exact", "portable")
+    >>> model
+    <Model (None, 1, 8, 8) -> (10,), isa=portable, precision=exact, threads=1>
+    >>> model(np.zeros((2, 1, 8, 8))).shape
+    (2, 10)
+    >>> list(model.trace(np.zeros((2, 1, 8, 8))))[:2]
+    ['conv1', 'conv1_relu']
+    >>> model.layers[0]["kernel_name"]
+    'portable-f32-direct'
     """
 
     def __init__(
@@ -74,6 +92,7 @@ class Model:
         if not isinstance(threads, int) or threads < 1:
             raise ConfigError(f"threads is {threads!r}, expected an integer from 1")
         self._network = network
+        self._isa = isa
         self._threads = threads
         self._session = _engine.Session(network.to_engine(), precision, isa)
 
@@ -131,6 +150,41 @@ class Model:
         """
         return self._session.run(self._images(x), self._threads)
 
+    def classify(
+        self,
+        image: Image.Image | str | PathLike[str] | npt.NDArray[Any],
+        top: int = 5,
+    ) -> list[Prediction]:
+        """Name what an image shows.
+
+        Pictures are prepared as the network's metadata say, which needs the package
+        Pillow (extra ``cli``).
+
+        Parameters
+        ----------
+        image : path, PIL image or ndarray
+            A picture: file, image, or uint8 array of shape (H, W) or (H, W, channels).
+            Or the network's input, prepared: a float array of shape (C, H, W).
+        top : int
+            Number of classes wanted.
+
+        Returns
+        -------
+        list of Prediction
+            The likeliest first; names are those of the metadata, or ``None``.
+
+        Raises
+        ------
+        ConfigError
+            If `top` is below 1, or the metadata do not say how a picture is prepared.
+        DatasetError
+            If the image cannot be read.
+        ShapeError
+            If the prepared image is not what the network takes, or the network's
+            output is not one value per class.
+        """
+        return next(classify(self, [image], top))
+
     def trace(self, x: npt.ArrayLike) -> dict[str, FloatArray]:
         """Compute the response of every node.
 
@@ -165,9 +219,32 @@ class Model:
             )
         return np.ascontiguousarray(images, dtype=np.float32)
 
+    def __copy__(self) -> Self:
+        """Return the model itself, which does not change."""
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        """Return the model itself, which does not change."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Keep the network and what was asked for, not the plan for this machine."""
+        return _compiled, (self._network, self.precision, self._isa, self._threads)
+
     def __repr__(self) -> str:
         """Return a one-line summary."""
         return (
             f"<Model {self.input_shape} -> {self._network.shapes[self._network.output]}"
             f", isa={self.isa}, precision={self.precision}, threads={self.threads}>"
         )
+
+    def _repr_html_(self) -> str:
+        """Return the summary and a table of the layers, for notebooks."""
+        from qcnn_py.inspection import html_table
+
+        return html_table(self)
+
+
+def _compiled(network: Network, precision: str, isa: str | None, threads: int) -> Model:
+    """Read a pickled model."""
+    return Model(network, precision=precision, isa=isa, threads=threads)

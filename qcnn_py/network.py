@@ -124,6 +124,14 @@ class QuantizedWeights:
         ndarray of float32
             Shape (C_out, channels, kh, kw) or (C_out, channels):
             ``W[o, m * dsub + j, y, x] = codebooks[m, codes[o, y, x, m], j]``.
+
+        Examples
+        --------
+        >>> codebooks = np.float32([[[1, 2], [3, 4]], [[5, 0], [6, 0]]])
+        >>> codes = np.uint8([[0, 1], [1, 0]])
+        >>> QuantizedWeights(codebooks, codes, bias=None).decode(channels=3)
+        array([[1., 2., 6.],
+               [3., 4., 5.]], dtype=float32)
         """
         return np.ascontiguousarray(decode(self.codebooks, self.codes, channels))
 
@@ -217,6 +225,15 @@ def rounded_codebooks(codebooks: npt.NDArray[Any], bits: int) -> FloatArray:
     ------
     ConfigError
         If `bits` is none of the three, or a number is too large for it.
+
+    Examples
+    --------
+    >>> codebooks = np.array([[[1.0, -0.3], [0.26, 0.0]]])
+    >>> rounded_codebooks(codebooks, 16)[0, 0, 1] == np.float16(-0.3)
+    np.True_
+    >>> integers = rounded_codebooks(codebooks, 8) * 127
+    >>> np.round(integers).tolist()
+    [[[127.0, -38.0], [33.0, 0.0]]]
     """
     values = codebooks.astype(np.float32)
     match bits:
@@ -267,6 +284,22 @@ class Network:
         If a node, attribute or tensor is missing, unknown or out of range.
     ShapeError
         If shapes do not fit.
+
+    Examples
+    --------
+    >>> dense = {"out_features": 2, "bias": False, "weights": {"type": "dense"}}
+    >>> weight = np.float32([[1, 0, 0], [0, 1, 1]])
+    >>> network = Network(
+    ...     [Node("fc", "fc", ("input",), dense), Node("prob", "softmax", ("fc",), {})],
+    ...     {"fc.weight": weight},
+    ...     input_shape=(3,),
+    ... )
+    >>> network
+    <Network (3,) -> (2,), 2 nodes, 0 of 1 layers quantised>
+    >>> network.shapes["fc"]
+    (2,)
+    >>> network.compile()([[1.0, 0.5, 0.5]])
+    array([[0.5, 0.5]], dtype=float32)
     """
 
     def __init__(
@@ -742,6 +775,22 @@ class Network:
         from qcnn_py.onnx_export import to_onnx
 
         to_onnx(self, path, compact=compact)
+
+    def __copy__(self) -> Self:
+        """Return the network itself, which does not change."""
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        """Return the network itself, which does not change."""
+        return self
+
+    def __getstate__(self) -> bytes:
+        """Return the content of the ``.qcnn`` file."""
+        return self.to_engine().to_bytes()
+
+    def __setstate__(self, state: bytes) -> None:
+        """Read the content of a ``.qcnn`` file."""
+        self._set(_engine.Network.from_bytes(state), None)
 
     def __repr__(self) -> str:
         """Return a one-line summary."""

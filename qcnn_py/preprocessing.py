@@ -39,7 +39,8 @@ FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.intp]
 Pixels = npt.NDArray[np.uint8] | FloatArray
 
-_MODES_WITH_MORE_THAN_8_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
+# Their range is not known, other than that of 16 bits.
+_MODES_OF_ANY_RANGE = ("I", "F")
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,15 @@ class Preprocessing:
         One number, one per channel, or one per value of the input.
     std : tuple of float
         One number, or one per channel.
+
+    Examples
+    --------
+    >>> preprocessing = Preprocessing("rgb", resize=(2, 3), mean=(0.5,), std=(0.25,))
+    >>> array = preprocessing.apply(Image.new("L", (7, 5), color=255))
+    >>> array.shape, array.min(), array.max()
+    ((3, 2, 3), np.float32(2.0), np.float32(2.0))
+    >>> Preprocessing.from_json(preprocessing.to_json()) == preprocessing
+    True
     """
 
     channel_order: ChannelOrder | None
@@ -267,7 +277,7 @@ class Preprocessing:
         Parameters
         ----------
         image : PIL image or path
-            Any size and 8-bit mode.
+            Any size, 8 or 16 bits per channel. Transparency is dropped.
 
         Returns
         -------
@@ -277,7 +287,7 @@ class Preprocessing:
         Raises
         ------
         DatasetError
-            If the image cannot be read, is smaller than the crop or has more than 8
+            If the image cannot be read, is smaller than the crop or has more than 16
             bits per channel.
         """
         return self.normalize(self.pixels(image))
@@ -290,7 +300,7 @@ class Preprocessing:
         Parameters
         ----------
         image : PIL image or path
-            Any size and 8-bit mode.
+            See `apply`.
         name : str, optional
             What an error calls the image; its path by default.
 
@@ -426,10 +436,13 @@ def decode_image(file: str | PathLike[str] | IO[bytes], name: str) -> Image.Imag
 
 
 def _to_mode(image: Image.Image, mode: Literal["L", "RGB"], name: str) -> Image.Image:
-    if image.mode in _MODES_WITH_MORE_THAN_8_BITS:
+    if image.mode in _MODES_OF_ANY_RANGE:
         raise DatasetError(
-            f"{name}: got pixel mode {image.mode!r}, expected 8 bits per channel"
+            f"{name}: got pixel mode {image.mode!r}, expected 8 or 16 bits per channel"
         )
+    if image.mode.startswith("I;16"):
+        # As Pillow reads colour images of 16 bits: their upper 8.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if "transparency" in image.info:
         # Straight from a palette, Pillow warns that the transparency is lost.
         image = image.convert("RGBA")

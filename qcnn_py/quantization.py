@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from os import PathLike
@@ -204,6 +204,7 @@ def quantize(
     seed: int = 0,
     *,
     original: Network | None = None,
+    on_layer: Callable[[QuantizedLayer], None] | None = None,
 ) -> Network:
     """Quantise the convolutions, then the fully connected layers, of a network.
 
@@ -221,6 +222,8 @@ def quantize(
     original : Network, optional
         Network whose responses are to be kept: the one that `network` was before its
         activations were quantised. By default `network` itself.
+    on_layer : callable, optional
+        Called with each layer when it is quantised.
 
     Returns
     -------
@@ -235,6 +238,17 @@ def quantize(
         If there are no calibration images, or responses to them are not finite.
     ShapeError
         If the images do not fit the network.
+
+    Examples
+    --------
+    >>> from qcnn_py.architectures import conv_fc
+    >>> network = conv_fc((1, 8, 8), (8,), (16,), 10, seed=0)
+    >>> images = np.random.default_rng(0).random((20, 1, 8, 8), np.float32)
+    >>> quantize(network, images, {"n_centroids": 8, "exclude": ["conv1"]})
+    <Network (1, 8, 8) -> (10,), 9 nodes, 2 of 3 layers quantised>
+    >>> quantize(network, images, {"n_centroid": 8})
+    Traceback (most recent call last):
+    qcnn_py.errors.ConfigError: n_centroid: unknown key; did you mean 'n_centroids'?
     """
     if isinstance(config, Mapping):
         config = QuantizeConfig.from_mapping(config)
@@ -257,6 +271,8 @@ def quantize(
             original or network, quantized, name, calibration, settings, seed
         )
         quantized = quantized.with_quantized_layer(name, result.weights)
+        if on_layer is not None:
+            on_layer(result)
     return quantized
 
 

@@ -28,7 +28,7 @@ from qcnn_py.datasets import Dataset
 from qcnn_py.errors import ModelFormatError
 from qcnn_py.network import Network
 from qcnn_py.quantization import QuantizedLayer
-from qcnn_py.report_page import render
+from qcnn_py.report_page import render, render_index
 
 __all__ = [
     "build_comparison_report",
@@ -161,6 +161,35 @@ def build_speed_report(
     """
     report = _common(run, config, adaptations, command, timings, benchmark)
     _write(report, [], schema, json_path, html_path)
+
+
+def build_index(reports: Sequence[StrPath], html_path: StrPath) -> None:
+    """Write the page that compares runs.
+
+    Parameters
+    ----------
+    reports : sequence of path
+        ``report.json`` of each run, with its page ``report.html`` beside it.
+    html_path : path
+        The page to write, in a folder around all of them.
+
+    Raises
+    ------
+    ModelFormatError
+        If a report is malformed.
+    OSError
+        If a file cannot be read or written.
+    """
+    folder = Path(html_path).parent
+    linked = [
+        (
+            Path(path).with_name("report.html").relative_to(folder).as_posix(),
+            _read(path),
+        )
+        for path in reports
+    ]
+    with replacing(html_path) as temporary:
+        temporary.write_text(render_index(linked), encoding="utf-8")
 
 
 def build_comparison_report(

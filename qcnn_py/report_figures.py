@@ -11,7 +11,7 @@ import io
 import math
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -450,6 +450,108 @@ def ranking(
         _bar(axes, y + 4, width, 6, BEFORE if index else first)
     description = "; ".join(f"{label}: {text}" for label, _, text in rows)
     return _svg(figure, name, title, description)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A network in a trade-off.
+
+    Attributes
+    ----------
+    label
+        Written beside the point; may be empty.
+    cost
+        Above 0; less is better.
+    percentage
+        More is better.
+    color
+        Placeholder colour.
+    """
+
+    label: str
+    cost: float
+    percentage: float
+    color: str
+
+
+def pareto_front(points: Iterable[Point]) -> list[Point]:
+    """Return the points that no other one beats in both, cheapest first."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.cost, -p.percentage)):
+        if not front or point.percentage > front[-1].percentage:
+            front.append(point)
+    return front
+
+
+def tradeoff(
+    points: Sequence[Point], words: Callable[[float], str], *, name: str, title: str
+) -> str:
+    """Draw percentages over costs on a logarithmic scale, and the Pareto front.
+
+    Parameters
+    ----------
+    points
+        At least one.
+    words
+        Writes a cost with its unit.
+    name, title
+        As everywhere.
+    """
+    height, top, bottom, left, right = 250.0, 22.0, 206.0, 52.0, WIDTH - 16.0
+    figure, axes = _canvas(height)
+    ticks, place = _vertical_scale([p.percentage for p in points], top, bottom)
+    _horizontal_grid(axes, ticks, place)
+    costs = [p.cost for p in points]
+    low, high = math.log(min(costs)), math.log(max(costs))
+    if high - low < 0.1:
+        low, high = low - 0.5, high + 0.5
+
+    def across(cost: float) -> float:
+        return left + (math.log(cost) - low) / (high - low) * (right - left)
+
+    for cost in _round_costs(math.exp(low), math.exp(high)):
+        _text(axes, across(cost), bottom + 24, words(cost), "center", MUTED, _SMALL)
+    front = pareto_front(points)
+    xs, ys = [across(front[0].cost)], [place(front[0].percentage)]
+    for point in front[1:]:
+        # Until something better begins, the cheaper one is the best.
+        xs += [across(point.cost)] * 2
+        ys += [ys[-1], place(point.percentage)]
+    _line(axes, [*xs, right], [*ys, ys[-1]], LINE, 1.6)
+    taken: list[float] = []
+    for point in sorted(points, key=lambda p: -p.percentage):
+        x, y = across(point.cost), place(point.percentage)
+        _dots(axes, [x], [y], point.color, 9.0, edge=PAPER)
+        if point.label:
+            row = y + 4
+            while any(abs(row - other) < 13 for other in taken):
+                row += 1
+            taken.append(row)
+            in_left_half = x < (left + right) / 2
+            _text(
+                axes,
+                x + (9 if in_left_half else -9),
+                row,
+                point.label,
+                "left" if in_left_half else "right",
+                size=_SMALL,
+                halo=True,
+            )
+    description = "; ".join(
+        f"{p.label or 'dense'}: {p.percentage:.2f} % at {words(p.cost)}" for p in points
+    )
+    return _svg(figure, name, title, description)
+
+
+def _round_costs(low: float, high: float) -> list[float]:
+    """Return up to five round numbers in a range, evenly spread on a log scale."""
+    for factors in ((1, 2, 5), (1, 3), (1,)):
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        found = [f * 10.0**n for n in powers for f in factors]
+        found = [cost for cost in found if low <= cost <= high]
+        if len(found) <= 5:
+            break
+    return found or [low, high]
 
 
 def _canvas(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:

@@ -7,7 +7,7 @@ reader's light or dark setting and prints.
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +23,9 @@ _ASSETS = Path(__file__).parent / "report_assets"
 
 # Layers that the summary compares; the sections show all.
 _BLAMED_LAYERS = 4
+
+# Percentage points whose loss nobody minds.
+_NEXT_TO_NOTHING = 0.1
 
 # Letters of a layer's name in a chart, beside the numbers on the right.
 _LONGEST_NAME = 18
@@ -133,13 +136,6 @@ def render(report: Mapping[str, Any], pictures: Sequence[bytes]) -> str:
     str
         An HTML document; equal arguments give equal text.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_ASSETS),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     match report["kind"]:
         case "pipeline":
             lede, cards = _pipeline_lede(report), _pipeline_cards(report)
@@ -151,8 +147,8 @@ def render(report: Mapping[str, Any], pictures: Sequence[bytes]) -> str:
             lede, cards = _comparison_lede(report), _comparison_cards(report)
             sections = [_cells_section(report)]
     pipeline = report["kind"] == "pipeline"
-    return environment.get_template("report.html.j2").render(
-        style=Markup((_ASSETS / "report.css").read_text(encoding="utf-8")),
+    return _fill(
+        "report.html.j2",
         report=report,
         headline=_headline(report),
         lede=lede,
@@ -166,6 +162,19 @@ def render(report: Mapping[str, Any], pictures: Sequence[bytes]) -> str:
             dict(report["config"]), sort_keys=False, allow_unicode=True, width=72
         ),
     )
+
+
+def _fill(template: str, **values: Any) -> str:
+    """Return a page."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_ASSETS),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    style = Markup((_ASSETS / "report.css").read_text(encoding="utf-8"))
+    return environment.get_template(template).render(style=style, **values)
 
 
 # Numbers in words.
@@ -369,9 +378,9 @@ def _blame_card(
 
 
 def _short(name: str) -> str:
-    """Return the end of a layer's name, as much of it as fits into a chart.
+    """Return the end of a name, as much of it as fits into a chart.
 
-    Other tools name layers by whole paths, whose ends differ most.
+    Other tools name layers by whole paths, and runs get a suffix: ends differ most.
     """
     if len(name) <= _LONGEST_NAME:
         return name
@@ -456,6 +465,7 @@ def _pipeline_sections(report: Mapping[str, Any]) -> list[Section]:
         *_distillation_sections(report),
         _speed_section(report),
         _layer_speed_section(report),
+        *_next_sections(report),
     ]
 
 
@@ -1282,3 +1292,220 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _listing(items: Iterable[str]) -> str:
     return ", ".join(items) or "none"
+
+
+# What the numbers say to try.
+
+
+def _next_sections(report: Mapping[str, Any]) -> list[Section]:
+    steps = [
+        *_ways_to_win_back(report),
+        *_ways_to_shrink(report),
+        *_ways_to_speed_up(report),
+    ]
+    if not steps:
+        return []
+    return [Section("next", "What to try next", steps)]
+
+
+def _ways_to_win_back(report: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what may win back accuracy, if more than noise was lost."""
+    lost, config = report["accuracy"]["points_lost"], report["config"]
+    if lost["mean"] <= max(_NEXT_TO_NOTHING, lost["spread"] or 0.0):
+        return
+    layers = _layers_with_errors(report)
+    if layers:
+        worst = max(layers, key=lambda layer: _error(layer)["relative"]["mean"])
+        dim, count = worst["subvector_dim"], worst["n_centroids"]
+        shorter = f"subvector_dim {dim // 2} instead of {dim}, or " if dim > 1 else ""
+        yield (
+            f"More exact: {worst['name']} is off most, by "
+            f"{_percent(_error(worst)['relative']['mean'])}. Below quantize.layers, "
+            f"give it {shorter}n_centroids {2 * count} instead of {count}."
+        )
+    if not config["finetune"]["epochs"]:
+        yield "More exact: fine-tune the fully connected layers (finetune.epochs: 10)."
+    if not config["distill"]["epochs"]:
+        yield "More exact, without labels: distill the codebooks (distill.epochs: 20)."
+
+
+def _ways_to_shrink(report: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what may save bytes."""
+    layers = report["layers"]
+    total = sum(layer["bytes"] for layer in layers)
+    largest = max(layers, key=lambda layer: layer["bytes"])
+    if not largest["quantized"] and largest["bytes"] > total / 4:
+        yield (
+            f"Smaller: {largest['name']} was left dense and takes "
+            f"{_percent(largest['bytes'] / total)} of all bytes."
+        )
+    if report["accuracy"]["points_lost"]["mean"] <= _NEXT_TO_NOTHING:
+        yield (
+            "Smaller: next to nothing was lost. Take quantize.preset small, longer "
+            "sub-vectors or codebook_bits 8."
+        )
+
+
+def _ways_to_speed_up(report: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what may save time."""
+    slower = [
+        layer["name"]
+        for layer in report["layers"]
+        if layer["quantized"] and layer["speedup"] < 1
+    ]
+    if slower:
+        yield (
+            f"Faster: {', '.join(slower)} would take less time dense "
+            "(quantize.exclude) or, perhaps, with fewer codewords (n_centroids)."
+        )
+
+
+# Several runs side by side.
+
+
+def render_index(reports: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """Return a page that compares runs and links to their reports.
+
+    Parameters
+    ----------
+    reports : sequence of (str, mapping)
+        Link to each run's page, and content of its ``report.json``, valid by its
+        schema. Runs on the same images are compared with each other.
+
+    Returns
+    -------
+    str
+        An HTML document; equal arguments give equal text.
+    """
+    alike: dict[tuple[bool, str, str], list[tuple[str, Mapping[str, Any]]]] = {}
+    for link, report in reports:
+        kind = report["kind"]
+        images = yaml.safe_dump(report["config"].get("dataset"))
+        alike.setdefault((kind != "pipeline", kind, images), []).append((link, report))
+    groups = [
+        (_compared_runs(f"runs-{number}", group), _table_of_runs(group))
+        # Pipelines first.
+        for number, (_, group) in enumerate(sorted(alike.items()), start=1)
+    ]
+    return _fill(
+        "index.html.j2",
+        heading=f"{_plural(len(reports), 'run')} side by side",
+        lede="Each row of a table leads to a report. Times are milliseconds of one "
+        "image, taken in turns with the dense network on the same machine.",
+        groups=groups,
+    )
+
+
+def _compared_runs(
+    name: str, group: Sequence[tuple[str, Mapping[str, Any]]]
+) -> Section:
+    """Return what runs on the same images trade for what."""
+    reports = [report for _, report in group]
+    first = reports[0]
+    match first["kind"]:
+        case "pipeline":
+            pass
+        case "speed":
+            return Section(
+                name,
+                "Speed alone",
+                ["Published geometries with drawn parameters: no images, no accuracy."],
+            )
+        case _:
+            return Section(name, "Other runs", ["Their reports compare by themselves."])
+
+    def points(cost: Callable[[Mapping[str, Any], int], float]) -> list[figures.Point]:
+        return [
+            figures.Point(
+                _short(report["title"]) if last else "",
+                cost(report, last),
+                _top1(report, last),
+                figures.AFTER if last else figures.BEFORE,
+            )
+            for report in reports
+            for last in (0, 1)
+        ]
+
+    sizes, times = points(_file_bytes), points(_average_ms)
+    key = [("before", "original"), ("after", "quantised")]
+    best = [
+        ", ".join(p.label or "an original" for p in figures.pareto_front(each))
+        for each in (sizes, times)
+    ]
+    tested = sum(first["accuracy"]["n_images"])
+    return Section(
+        name,
+        f"“{first['dataset']['source']}”: what accuracy costs",
+        [
+            f"Top-1 accuracy on {tested:,} test images. The line joins the networks "
+            "that no other one beats in both.",
+            f"By size those are {best[0]}; by time, {best[1]}.",
+        ],
+        [
+            Chart(
+                Markup(
+                    figures.tradeoff(
+                        sizes, _bytes, name=f"{name}-size", title="Accuracy by size"
+                    )
+                ),
+                "Top-1 accuracy in percent over the size of the file.",
+                key,
+            ),
+            Chart(
+                Markup(
+                    figures.tradeoff(
+                        times,
+                        _milliseconds,
+                        name=f"{name}-time",
+                        title="Accuracy by time",
+                    )
+                ),
+                "Top-1 accuracy in percent over the time of an image.",
+                key,
+            ),
+        ],
+    )
+
+
+def _table_of_runs(group: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
+    kind = group[0][1]["kind"]
+    header = ["run"]
+    if kind == "pipeline":
+        header += ["top-1"]
+    if kind in ("pipeline", "speed"):
+        header += ["size", "smaller", "time", "faster"]
+    rows = []
+    for link, report in group:
+        cells: dict[str, str] = {
+            "run": Markup('<a href="{}">{}</a>').format(link, report["title"])
+        }
+        if "top-1" in header:
+            first, last = _top1(report, 0), _top1(report, 1)
+            cells["top-1"] = f"{first:.2f}{_ARROW}{last:.2f}{_NBSP}%"
+        if "size" in header:
+            size = report["size"].get("file", report["size"]["parameters"])
+            times = [each["average_ms"] for each in _compared(report)]
+            cells |= {
+                "size": f"{_bytes(size['before'])}{_ARROW}{_bytes(size['after'])}",
+                "smaller": _times(size["compression"]),
+                "time": _ARROW.join(map(_milliseconds, times)),
+                "faster": _times(times[0] / times[1]),
+            }
+        rows.append([cells[column] for column in header])
+    return Table("", header, rows)
+
+
+def _top1(report: Mapping[str, Any], last: int) -> float:
+    """Return the mean accuracy before (0) or after (1) everything."""
+    mean: float = report["accuracy"]["stages"][-last]["top1"]["mean"]
+    return mean
+
+
+def _file_bytes(report: Mapping[str, Any], last: int) -> float:
+    size: float = report["size"]["file"][("before", "after")[last]]
+    return size
+
+
+def _average_ms(report: Mapping[str, Any], last: int) -> float:
+    time: float = report["speed"]["contenders"][last]["average_ms"]
+    return time

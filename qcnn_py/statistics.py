@@ -44,6 +44,9 @@ Array64 = npt.NDArray[np.float64]
 # products, small beside the moments of a large layer.
 _CHUNK_BYTES = 64 << 20
 
+# An input that varies by less of its energy is constant; the rest is rounding.
+_ROUNDING = 1e-12
+
 
 @dataclass(frozen=True)
 class LayerGeometry:
@@ -321,6 +324,12 @@ class SecondMoments:
         gram = self.gram - scaled * s[:, None, :]
         cross = self.cross - scaled * t[:, None, :]
         constant = self.sum_squared_targets - float(np.vdot(t, t)) / self.count
+        still = np.einsum("gpp->gp", gram) <= _ROUNDING * np.einsum(
+            "gpp->gp", self.gram
+        )
+        gram[still] = 0
+        gram.swapaxes(1, 2)[still] = 0
+        cross[still] = 0
         return ResponseError(gram, cross, max(0.0, constant))
 
     def best_bias(self, weight: Array64) -> Array64:
@@ -505,7 +514,9 @@ class Samples:
     def error_with_best_bias(self) -> SampleError:
         """Return the response error of weights beside :meth:`best_bias`."""
         inputs, targets = (part.astype(np.float64) for part in self._joined())
+        energy = np.einsum("np,np->p", inputs, inputs)
         inputs -= inputs.mean(axis=0)
+        inputs[:, np.einsum("np,np->p", inputs, inputs) <= _ROUNDING * energy] = 0
         targets -= targets.mean(axis=0)
         return SampleError(inputs, targets)
 

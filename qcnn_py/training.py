@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from math import prod
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +17,9 @@ from qcnn_py.errors import ConfigError
 from qcnn_py.evaluation import evaluate
 from qcnn_py.fitting import Examples, LatentWeights, Training
 from qcnn_py.network import Network, QuantizedWeights
-from qcnn_py.onnx_import import read_onnx
+from qcnn_py.network_files import read_network
 
-__all__ = ["prepare_network", "read_network", "train_cell", "train_network"]
+__all__ = ["prepare_network", "train_cell", "train_network"]
 
 logger = logging.getLogger(__name__)
 
@@ -192,21 +190,6 @@ def train_cell(
         networks.append(network)
         replicates.append({**accuracy, "history": history})
     return networks[0], {"replicates": replicates}
-
-
-def read_network(path: str | PathLike[str]) -> Network:
-    """Read a ``.qcnn`` file, or an ONNX model if that is what it is called.
-
-    Raises
-    ------
-    ModelFormatError
-        If the file is malformed.
-    UnsupportedOperator
-        If an ONNX model has an operator that networks do not have.
-    OSError
-        If the file cannot be read.
-    """
-    return read_onnx(path) if Path(path).suffix == ".onnx" else Network.load(path)
 
 
 def prepare_network(

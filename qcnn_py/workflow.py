@@ -21,9 +21,18 @@ from qcnn_py.errors import ModelFormatError, QcnnError
 
 _PACKAGE = Path(__file__).parent
 
-# Modules that cannot change what a stage computes: settings reach the stages as
-# parameters of their rules, which Snakemake compares by itself.
-_WITHOUT_EFFECT = frozenset({"config", "dataset_config", "errors", "workflow"})
+# Modules that cannot change what a stage computes: it does not use them, or settings
+# reach it as parameters of its rule, which Snakemake compares by itself.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "classification",
+        "config",
+        "dataset_config",
+        "errors",
+        "inspection",
+        "workflow",
+    }
+)
 
 # Files beside the modules that a module reads.
 _ASSETS = {"report_page": "report_assets"}

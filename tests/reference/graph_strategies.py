@@ -133,23 +133,15 @@ def _append(
             channels, *pixels = shape if len(shape) == 3 else (1, *shape, 1)
             builder.add("reshape", source, shape=[channels, *reversed(pixels)])
         case "conv":
-            _append_conv(draw, builder, source)
+            _append_conv(draw, builder, source, draw(quantizations()))
         case "pool":
-            kernel = (draw(small), draw(small))
-            padding = draw(paddings(kernel, 3))
-            if not _fits(shape, padding, kernel):
-                kernel, padding = (1, 1), [0, 0, 0, 0]
-            average = draw(st.booleans())
-            counted = {"count_include_pad": draw(st.booleans())} if average else {}
-            builder.pool(
-                "average_pool" if average else "max_pool",
-                kernel,
-                source,
-                stride=(draw(small), draw(small)),
-                padding=padding,
-                ceil_mode=draw(st.booleans()),
-                **counted,
-            )
+            if draw(st.booleans()):
+                _append_pool(draw, builder, source, "max_pool")
+            else:
+                counted = draw(st.booleans())
+                _append_pool(
+                    draw, builder, source, "average_pool", count_include_pad=counted
+                )
         case "global":
             builder.add(
                 draw(st.sampled_from(["global_average_pool", "global_max_pool"])),
@@ -178,7 +170,51 @@ def _slice(
     return builder.add("slice", source, start=starts, step=steps, shape=counts)
 
 
-def _append_conv(draw: st.DrawFn, builder: NetworkBuilder, source: str) -> None:
+@st.composite
+def binary_networks(draw: st.DrawFn) -> NetworkBuilder:
+    """Draw a network of 1 and -1, but for the input."""
+    extents = st.integers(1, 12)
+    shape = (draw(st.integers(1, 70)), draw(extents), draw(extents))
+    builder = NetworkBuilder(shape, seed=draw(st.integers(0, 2**32 - 1)))
+    builder.add("sign")
+    for _ in range(draw(st.integers(1, 3))):
+        if len(builder.shape(builder.last)) == 3 and draw(st.booleans()):
+            _append_conv(draw, builder, builder.last, Binary())
+            if draw(st.booleans()):
+                _append_pool(draw, builder, builder.last, "max_pool")
+        else:
+            bias = draw(st.booleans())
+            builder.fc(draw(st.integers(1, 70)), bias=bias, quantized=Binary())
+        if draw(st.booleans()):
+            builder.batch_norm()
+        builder.add("sign")
+    return builder
+
+
+def _append_pool(
+    draw: st.DrawFn, builder: NetworkBuilder, source: str, op: str, **counted: bool
+) -> None:
+    kernel = (draw(small), draw(small))
+    padding = draw(paddings(kernel, 3))
+    if not _fits(builder.shape(source), padding, kernel):
+        kernel, padding = (1, 1), [0, 0, 0, 0]
+    builder.pool(
+        op,
+        kernel,
+        source,
+        stride=(draw(small), draw(small)),
+        padding=padding,
+        ceil_mode=draw(st.booleans()),
+        **counted,
+    )
+
+
+def _append_conv(
+    draw: st.DrawFn,
+    builder: NetworkBuilder,
+    source: str,
+    quantized: Quantized | Binary | None,
+) -> None:
     shape = builder.shape(source)
     divisors = [n for n in range(1, shape[0] + 1) if shape[0] % n == 0]
     groups = draw(st.sampled_from(divisors))
@@ -197,7 +233,7 @@ def _append_conv(draw: st.DrawFn, builder: NetworkBuilder, source: str) -> None:
         dilation=dilation,
         groups=groups,
         bias=draw(st.booleans()),
-        quantized=draw(quantizations()),
+        quantized=quantized,
     )
 
 

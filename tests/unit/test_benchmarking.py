@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from random_networks import Binary, NetworkBuilder
 
 from qcnn_py import ConfigError, Network, QcnnError, QuantizedWeights, ShapeError
 from qcnn_py.architectures import conv_fc
@@ -271,3 +272,16 @@ def test_names_given_twice_are_refused(key, names):
 def test_images_that_do_not_fit_are_refused(shape):
     with pytest.raises(ShapeError, match="expected"):
         benchmark(small_network(), images=np.zeros(shape, np.float32))
+
+
+def test_layers_that_count_bits_do_so_alone():
+    builder = NetworkBuilder((3, 8, 8))
+    builder.conv(8, 3, name="first", quantized=Binary())
+    builder.add("sign")
+    builder.conv(8, 3, name="second", quantized=Binary())
+    result = benchmark(builder.build(), repeats=1, batches=2, precisions=["exact"])
+    first, second = result["layers"]
+    assert first["kernel"] == first["dense_kernel"]
+    assert second["kernel"].endswith("-b1-xnor")
+    assert second["ms"] > 0
+    assert result["contenders"][1]["relative_error"] < 1e-6

@@ -1,5 +1,6 @@
 """``import qcnn_py`` needs the standard library and NumPy, nothing else."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -62,3 +63,22 @@ def test_every_public_name_exists() -> None:
     missing = [name for name in qcnn_py.__all__ if not hasattr(qcnn_py, name)]
     assert not missing
     assert set(dir(qcnn_py)) >= set(qcnn_py.__all__)
+
+
+def test_a_checkout_without_engine_says_what_to_do(tmp_path: Path) -> None:
+    source = Path(qcnn_py.__file__).parent
+    copy = tmp_path / "qcnn_py"
+    copy.mkdir()
+    for path in source.glob("*.py"):
+        (copy / path.name).write_bytes(path.read_bytes())
+    done = subprocess.run(
+        [sys.executable, "-c", "import qcnn_py"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"ImportError: the engine of qcnn is not built in {copy}")
+    assert "pip install -e ." in last

@@ -229,9 +229,21 @@ def test_images_of_another_size_than_their_mean_are_refused() -> None:
         Preprocessing("rgb", mean=mean).apply(random_image(5, 4))
 
 
-def test_16_bit_images_are_refused() -> None:
-    image = Image.fromarray(np.zeros((3, 3), np.uint16))
-    with pytest.raises(DatasetError, match="'I;16', expected 8 bits"):
+def test_16_bit_images_lose_their_lower_bits(tmp_path: Path) -> None:
+    values = np.array([[0, 255, 256], [0x1234, 0xFF00, 0xFFFF]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    Image.fromarray((values >> 8).astype(np.uint8)).save(tmp_path / "flat.png")
+    for order in ("gray", "rgb"):
+        deep, flat = (
+            Preprocessing(order).pixels(tmp_path / f"{name}.png")
+            for name in ("deep", "flat")
+        )
+        np.testing.assert_array_equal(deep, flat)
+
+
+def test_images_of_unknown_range_are_refused() -> None:
+    image = Image.fromarray(np.zeros((3, 3), np.float32))
+    with pytest.raises(DatasetError, match="'F', expected 8 or 16 bits"):
         Preprocessing("gray").apply(image)
 
 

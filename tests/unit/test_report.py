@@ -1,6 +1,7 @@
 import copy
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,7 +22,15 @@ from qcnn_py.report import (
     build_pipeline_report,
     build_speed_report,
 )
-from qcnn_py.report_page import _bytes, _milliseconds, _number, _seconds, render
+from qcnn_py.report_figures import AFTER, Point, pareto_front, tradeoff
+from qcnn_py.report_page import (
+    _bytes,
+    _milliseconds,
+    _number,
+    _seconds,
+    render,
+    render_index,
+)
 
 SCHEMA = Path(__file__).parents[2] / "workflow" / "schemas" / "report.schema.json"
 N_REPLICATES = 2
@@ -149,6 +158,8 @@ def config(kind: str) -> dict:
         "kind": kind,
         "seed": 7,
         "dataset": {"source": "npz"},
+        "finetune": {"epochs": 3},
+        "distill": {"epochs": 1},
         "report": {"title": None, "example_images": 4},
     }
 
@@ -554,6 +565,29 @@ def no_examples(report):
     report["examples"]["images"] = []
 
 
+def much_lost(report):
+    report["accuracy"]["points_lost"]["mean"] = 3.0
+    worst = report["layers"][0]
+    worst["response_error"]["relative"]["mean"] = 0.9
+    worst["subvector_dim"] = 2
+
+
+def no_training_and_much_lost(report):
+    much_lost(report)
+    report["config"]["finetune"]["epochs"] = 0
+    report["config"]["distill"]["epochs"] = 0
+
+
+def slow_layer(report):
+    for number, layer in enumerate(report["layers"]):
+        layer["speedup"] = 2.0 if number else 0.5
+
+
+def large_dense_layer(report):
+    rest = sum(layer["bytes"] for layer in report["layers"][1:])
+    report["layers"][0] |= {"quantized": False, "bytes": 9 * rest}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -571,6 +605,13 @@ def no_examples(report):
         (kmeans_in_one_layer, "beats plain k-means on 1 of 2 layers"),
         (long_names, ">\N{HORIZONTAL ELLIPSIS}conv1/Convolution<"),
         (no_examples, "points of accuracy"),
+        (much_lost, "More exact: conv1 is off most"),
+        (much_lost, "subvector_dim 1 instead of 2, or n_centroids"),
+        (no_loss_no_errors, "Smaller: next to nothing was lost"),
+        (no_training_and_much_lost, "finetune.epochs: 10"),
+        (no_training_and_much_lost, "distill.epochs: 20"),
+        (slow_layer, "Faster: conv1 would take less time dense"),
+        (large_dense_layer, "was left dense and takes 90"),
     ],
 )
 def test_unusual_reports_are_drawn_too(pipeline, change, words):
@@ -642,3 +683,56 @@ def test_numbers_have_three_digits_and_no_powers(value, text):
 )
 def test_units(text, expected):
     assert text == expected
+
+
+def moved(report, title, *, top1=0.0, size=1.0, time=1.0):
+    """Return a report whose quantised network differs by so much."""
+    report = copy.deepcopy(report)
+    report["title"] = title
+    report["accuracy"]["stages"][-1]["top1"]["mean"] += top1
+    report["size"]["file"]["after"] *= size
+    report["speed"]["contenders"][1]["average_ms"] *= time
+    return report
+
+
+def test_runs_side_by_side(pipeline):
+    others = [
+        moved(pipeline, "better", top1=5, size=0.5),
+        moved(pipeline, "worse", top1=-5, size=2, time=0.01),
+        moved(pipeline, "<odd>"),
+    ]
+    speed = {**pipeline, "title": "race", "kind": "speed", "config": {"kind": "speed"}}
+    # Of a kind that has no more in common with the others.
+    other = {"title": "other", "kind": "other", "config": {"dataset": {}}}
+    reports = [other, pipeline, speed, *others]
+    text = render_index([(f"run {n}.html", each) for n, each in enumerate(reports)])
+    page = Page(text)
+    assert "6 runs side by side" in text
+    assert {a["href"] for a in page.all("a")} == {f"run {n}.html" for n in range(6)}
+    assert "&lt;odd&gt;</a>" in text
+    # One for the runs on the same images, one for those without, one for the others.
+    assert len(page.all("table")) == 3
+    assert text.index(">tiny</a>") < text.index(">race</a>")
+    (size, time) = re.findall(r"By size those are (.+); by time, (.+)\.<", text)[0]
+    assert "better" in size
+    assert "worse" not in size
+    assert time.startswith("worse, ")
+
+
+def test_pareto_front():
+    points = [
+        Point(label, cost, percentage, AFTER)
+        for label, cost, percentage in (
+            ("cheap", 1, 50),
+            ("beaten", 2, 50),
+            ("middle", 2, 60),
+            ("dear and bad", 3, 59),
+            ("best", 9, 70),
+        )
+    ]
+    assert [p.label for p in pareto_front(points)] == ["cheap", "middle", "best"]
+    # However close or far apart they are, they can be drawn.
+    for chosen in (points[:1], points[1:3], points):
+        for scale in (1e-3, 1, 1e9):
+            scaled = [replace(p, cost=p.cost * scale) for p in chosen]
+            assert "<svg" in tradeoff(scaled, str, name="x", title="x")

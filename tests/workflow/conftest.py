@@ -73,11 +73,14 @@ class Workspace:
         paths = [str(self.path), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
-    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *arguments: str, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run Snakemake, with other environment variables if wanted."""
         return subprocess.run(
             self.command(*arguments),
             cwd=self.path,
-            env=self.environment,
+            env={**self.environment, **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -123,12 +126,22 @@ def copy_sources(path: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Workspace]:
+    """Return a function that makes a workspace of a name where nothing is done."""
+
+    def make(name: str) -> Workspace:
+        path = tmp_path_factory.mktemp("workflow") / name
+        copy_sources(path)
+        (path / "config.yaml").write_text(yaml.safe_dump(TINY))
+        return Workspace(path)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def finished(fresh: Callable[[str], Workspace]) -> Workspace:
     """Return a workspace where everything is done, not to be changed."""
-    path = tmp_path_factory.mktemp("workflow") / "finished"
-    copy_sources(path)
-    (path / "config.yaml").write_text(yaml.safe_dump(TINY))
-    workspace = Workspace(path)
+    workspace = fresh("finished")
     done = workspace.run("--cores", "2", "all")
     assert done.returncode == 0, done.stdout
     return workspace

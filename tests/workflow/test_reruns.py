@@ -5,12 +5,13 @@ from collections import Counter
 import pytest
 from PIL import Image
 
+REPORT = {"report_pipeline": 1, "report_index": 1}
 DISTILLATION = {
     "distill_codebooks": 1,
     "evaluate_models": 1,
     "publish_model": 1,
     "benchmark_model": 1,
-    "report_pipeline": 1,
+    **REPORT,
 }
 AFTER_FINETUNING = {
     "collect_statistics": 2,
@@ -128,13 +129,13 @@ def setting(*path, value):
         ),
         pytest.param(
             setting("benchmark", "batches", value=3),
-            {"benchmark_model": 1, "report_pipeline": 1},
+            {"benchmark_model": 1, **REPORT},
             set(),
             id="speed test",
         ),
         pytest.param(
             setting("report", "example_images", value=3),
-            {"report_pipeline": 1},
+            REPORT,
             set(),
             id="report",
         ),

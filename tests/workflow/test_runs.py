@@ -22,6 +22,7 @@ def test_end_to_end(finished):
     report = json.loads((results / "report.json").read_text())
     assert report["run"] == "tiny"
     assert "<html" in (results / "report.html").read_text()
+    assert 'href="tiny/report.html"' in (results.parent / "index.html").read_text()
 
 
 def test_quantised_activations_are_in_every_stage(workspace):

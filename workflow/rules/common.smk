@@ -58,7 +58,13 @@ def final_outputs():
         *expand(
             f"{RUN}/{{file}}", run=CONFIG.runs, file=["report.json", "report.html"]
         ),
+        f"{CONFIG.results}/index.html",
     ]
+
+
+def all_reports():
+    """Return report.json of every run."""
+    return expand(f"{RUN}/report.json", run=CONFIG.runs)
 
 
 def lock_results():

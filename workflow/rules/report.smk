@@ -1,4 +1,4 @@
-# report.json and report.html.
+# report.json and report.html of each run, and index.html of all.
 
 
 rule report_pipeline:
@@ -55,3 +55,20 @@ rule report_speed:
         "{wildcards.run}: report"
     script:
         "../scripts/report_speed.py"
+
+
+rule report_index:
+    input:
+        reports=all_reports(),
+    output:
+        html=f"{CONFIG.results}/index.html",
+    log:
+        f"{CONFIG.results}/index.log",
+    conda:
+        "../envs/qcnn.yaml"
+    params:
+        code=code_of("report_index"),
+    message:
+        "all runs side by side"
+    script:
+        "../scripts/report_index.py"

@@ -1,10 +1,11 @@
-//! Single layers of `AlexNet` at the authors' setting, and of VGG-16 with 8-bit
-//! tables, one image, one thread: every ISA the CPU has, product-quantised and
-//! dense.
+//! Single layers of `AlexNet` at the authors' setting, of VGG-16 with 8-bit tables,
+//! and binary ones, one image, one thread: every ISA the CPU has, product-quantised
+//! or binary and dense.
 //!
 //! Items are look-ups of the quantised layer, for the dense kernels too, so
-//! that the columns compare. Divided by the clock rate, which is measured and
-//! printed first, they are look-ups per cycle: 40 Gitem/s at 4 GHz are 10.
+//! that the columns compare; those of binary layers are multiplications. Divided by
+//! the clock rate, which is measured and printed first, they are look-ups per cycle:
+//! 40 Gitem/s at 4 GHz are 10.
 
 use std::fmt;
 use std::hint::black_box;
@@ -53,16 +54,23 @@ fn codes(n: usize, n_centroids: usize) -> Vec<u16> {
         .collect()
 }
 
-fn run(bencher: Bencher<'_, '_>, kernel: &dyn Kernel, n: usize, lens: [usize; 2], lookups: usize) {
-    let input = floats(n * lens[0]);
-    let mut output = vec![0.0; n * lens[1]];
+/// Time a kernel for the images `input`, of which each has `items` items.
+fn run(
+    bencher: Bencher<'_, '_>,
+    kernel: &dyn Kernel,
+    n: usize,
+    input: &[f32],
+    out_len: usize,
+    items: usize,
+) {
+    let mut output = vec![0.0; n * out_len];
     // As a session has it: on a boundary of 64 bytes.
     let mut scratch = vec![0.0f32; kernel.scratch_len(n) + 16];
     let first = scratch.as_ptr().align_offset(64);
     let scratch = &mut scratch[first..];
     bencher
-        .counter(ItemsCount::new(n * lookups))
-        .bench_local(|| kernel.run(n, &input, &mut output, scratch));
+        .counter(ItemsCount::new(n * items))
+        .bench_local(|| kernel.run(n, input, &mut output, scratch));
 }
 
 /// A layer on an ISA for a number of images.
@@ -160,9 +168,8 @@ const PAPER: Setting = Setting {
     precision: Precision::Fast,
 };
 
-fn bench_conv(bencher: Bencher<'_, '_>, case: &Case<Conv>, setting: Option<Setting>) {
-    let conv = &case.layer;
-    let geometry = ConvGeometry::new(
+fn geometry_of(conv: &Conv) -> ConvGeometry {
+    ConvGeometry::new(
         conv.name,
         conv.input,
         conv.out_channels,
@@ -172,7 +179,11 @@ fn bench_conv(bencher: Bencher<'_, '_>, case: &Case<Conv>, setting: Option<Setti
         [conv.padding; 4],
         conv.groups,
     )
-    .expect("published networks are possible");
+    .expect("published networks are possible")
+}
+
+fn bench_conv(bencher: Bencher<'_, '_>, case: &Case<Conv>, setting: Option<Setting>) {
+    let geometry = geometry_of(&case.layer);
     let channels = geometry.group_in_channels();
     let Setting {
         subvector_dim,
@@ -204,15 +215,12 @@ fn bench_conv(bencher: Bencher<'_, '_>, case: &Case<Conv>, setting: Option<Setti
         bias: None,
     };
     let kernel = conv_kernels(&layer, case.isa, precision)[0].build();
-    let lens = [
-        geometry.in_channels * geometry.in_pixels(),
-        geometry.out_channels * geometry.out_pixels(),
-    ];
     run(
         bencher,
         &*kernel,
         case.n,
-        lens,
+        &floats(case.n * geometry.in_channels * geometry.in_pixels()),
+        geometry.out_channels * geometry.out_pixels(),
         codes_len * geometry.out_pixels(),
     );
 }
@@ -236,6 +244,51 @@ fn conv_vgg_int8(bencher: Bencher<'_, '_>, case: &Case<Conv>) {
         precision: Precision::Int8,
     };
     bench_conv(bencher, case, Some(setting));
+}
+
+const BINARY_CONVS: [Conv; 4] = [
+    conv("128@28", [128, 28, 28], 128, [3, 1, 1, 1]),
+    conv("256@28", [256, 28, 28], 256, [3, 1, 1, 1]),
+    conv("256@14", [256, 14, 14], 256, [3, 1, 1, 1]),
+    conv("512@14", [512, 14, 14], 512, [3, 1, 1, 1]),
+];
+
+/// With inputs of 1 and -1 the same weights are packed, with others they are dense.
+fn bench_binary(bencher: Bencher<'_, '_>, case: &Case<Conv>, sign_input: bool) {
+    let geometry = geometry_of(&case.layer);
+    let weights = geometry.out_channels * geometry.group_in_channels() * geometry.taps();
+    let sign = |i: usize| {
+        if (i * 7919 % 2003).is_multiple_of(2) {
+            1
+        } else {
+            -1
+        }
+    };
+    let signs: Vec<i8> = (0..weights).map(sign).collect();
+    let layer = ConvLayer {
+        geometry: &geometry,
+        weights: Weights::Binary {
+            signs: &signs,
+            sign_input,
+        },
+        bias: None,
+    };
+    let kernel = conv_kernels(&layer, case.isa, Precision::Exact)[0].build();
+    let in_len = geometry.in_channels * geometry.in_pixels();
+    let input: Vec<f32> = (0..in_len).map(|i| f32::from(sign(i))).collect();
+    let out_len = geometry.out_channels * geometry.out_pixels();
+    let products = weights * geometry.out_pixels();
+    run(bencher, &*kernel, 1, &input, out_len, products);
+}
+
+#[divan::bench(args = cases(&BINARY_CONVS, &[1]))]
+fn conv_binary(bencher: Bencher<'_, '_>, case: &Case<Conv>) {
+    bench_binary(bencher, case, true);
+}
+
+#[divan::bench(args = cases(&BINARY_CONVS, &[1]))]
+fn conv_binary_dense(bencher: Bencher<'_, '_>, case: &Case<Conv>) {
+    bench_binary(bencher, case, false);
 }
 
 /// A fully connected layer of `AlexNet`.
@@ -310,7 +363,8 @@ fn bench_fc(bencher: Bencher<'_, '_>, case: &Case<Fc>, quantized: bool) {
         bencher,
         &*kernel,
         case.n,
-        [fc.inputs, fc.outputs],
+        &floats(case.n * fc.inputs),
+        fc.outputs,
         codes_len,
     );
 }

@@ -12,7 +12,7 @@
 //! | `avx2` | AVX2, FMA | 8 lanes |
 //! | `avx512` | AVX-512 F, BW, DQ, VL and `avx2`'s needs | 16 lanes |
 //! | `avx512vnni` | also AVX-512 VNNI | 16 lanes |
-//! | `avx512vbmi` | also AVX-512 VBMI | 16 lanes |
+//! | `avx512vbmi` | also AVX-512 VBMI and VPOPCNTDQ | 16 lanes |
 //!
 //! # How kernels are compiled
 //!
@@ -59,7 +59,7 @@ pub enum Isa {
     Avx512,
     /// The same and AVX-512 VNNI.
     Avx512Vnni,
-    /// The same and AVX-512 VBMI.
+    /// The same and AVX-512 VBMI and VPOPCNTDQ, which no CPU with VNNI has apart.
     Avx512Vbmi,
 }
 
@@ -231,6 +231,12 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
     const BYTE_LOOK_UP_CYCLES: [f64; 2];
     /// The same for [`look_up_f32`](Self::look_up_f32).
     const LOOK_UP_F32_CYCLES: [f64; 3];
+    /// Clock cycles that [`count_differences`](Self::count_differences) takes, with
+    /// its share of the loads and of [`add_counts`](Self::add_counts).
+    const COUNT_CYCLES: f64;
+    /// How often [`count_differences`](Self::count_differences) may add to the same
+    /// counts.
+    const COUNTED_WORDS: usize;
     /// A vector.
     type F32: Copy + fmt::Debug;
     /// A vector of 16-bit integers, twice as many.
@@ -439,6 +445,14 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
     /// `c[i] + sum over j < 4 of weights[j] * a[4 * i + j]`, where byte `j` of
     /// `weights`, from the lowest, is in 0..=127 and `a` not -128.
     fn dot_i8(self, weights: u32, a: Self::I8, c: Self::I32) -> Self::I32;
+
+    /// Add the numbers of bits that differ between the lanes of `a` and `b` to
+    /// `counts`, which start at 0.
+    fn count_differences(self, counts: Self::I32, a: Self::I32, b: Self::I32) -> Self::I32;
+
+    /// Add what [`count_differences`](Self::count_differences) counted in each lane to
+    /// `total`.
+    fn add_counts(self, total: Self::I32, counts: Self::I32) -> Self::I32;
 
     /// The `4 * LANES` values at `source`, which needs no alignment.
     ///
@@ -708,6 +722,8 @@ mod tests {
         }
         assert_eq!(bytes, a, "{}", S::NAME);
 
+        check_counts(s);
+
         check_byte_look_up::<S, 16>(s);
         check_byte_look_up::<S, 32>(s);
 
@@ -732,6 +748,30 @@ mod tests {
                     assert_eq!(*value as i32, expected, "{} {rows} {columns}", S::NAME);
                 }
             }
+        }
+    }
+
+    /// As many counts as may be added up before they are taken out, all of 32 bits.
+    #[inline(always)]
+    fn check_counts<S: Simd>(s: S) {
+        let words = S::COUNTED_WORDS.min(100);
+        let a: Vec<i32> = (0..S::LANES as i32)
+            .map(|i| i.wrapping_mul(0x0973_0b5d))
+            .collect();
+        let mut sums = vec![0.0; S::LANES];
+        // SAFETY: both buffers hold one vector.
+        unsafe {
+            let a = s.load_i32(a.as_ptr());
+            let mut counts = s.count_differences(s.splat_i32(0), a, s.splat_i32(0));
+            for _ in 1..words {
+                counts = s.count_differences(counts, s.splat_i32(-1), s.splat_i32(0));
+            }
+            s.store(sums.as_mut_ptr(), s.float_i32(s.add_counts(a, counts)));
+        }
+        for (sum, a) in sums.iter().zip(&a) {
+            let counted = a.count_ones() + 32 * (words as u32 - 1);
+            let expected = a.wrapping_add(counted as i32) as f32;
+            assert_eq!(sum.to_bits(), expected.to_bits(), "{}", S::NAME);
         }
     }
 

@@ -1,7 +1,7 @@
 //! Running a network: everything is planned once, then runs without
 //! allocating.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use crate::error::{Error, Result, bail_shape};
 use crate::geometry::MAX_ELEMENTS;
@@ -107,19 +107,43 @@ struct Step {
     action: Action,
     operands: Vec<Operand>,
     output: Operand,
+    /// Whether the kernel can run with the next two steps in one go.
+    folded: bool,
 }
 
 impl Step {
-    /// Whether this is nothing but ReLU of `other`'s response, in the same place:
-    /// then no other step reads that response.
-    fn is_relu_of(&self, other: &Self) -> bool {
-        matches!(self.action, Action::Activation(Activation::Relu))
-            && self.operands[0].place == other.output.place
-            && self.output.place == other.output.place
+    /// Whether this changes `other`'s response in its place: then no other step reads
+    /// that response.
+    fn changes(&self, other: &Self) -> bool {
+        self.operands[0].place == other.output.place && self.output.place == other.output.place
     }
 
-    /// Run a kernel with ReLU in one go, if it can.
-    fn run_kernel_relu(&self, workspace: &mut Workspace, input: &[f32], n: usize) -> bool {
+    /// Whether this is nothing but ReLU of `other`'s response, in the same place.
+    fn is_relu_of(&self, other: &Self) -> bool {
+        matches!(self.action, Action::Activation(Activation::Relu)) && self.changes(other)
+    }
+
+    /// Fold a normalisation and a sign that follow at once into the kernel.
+    fn fold(&mut self, norm: &Self, sign: &Self) {
+        let in_place = norm.changes(self) && sign.changes(norm);
+        if let (
+            Action::Kernel(kernel),
+            Action::BatchNorm { norm, .. },
+            Action::Activation(Activation::Sign),
+        ) = (&mut self.action, &norm.action, &sign.action)
+        {
+            self.folded = in_place && kernel.fold(norm);
+        }
+    }
+
+    /// Run a kernel in another way than alone; the result is that of `run`.
+    fn run_kernel(
+        &self,
+        workspace: &mut Workspace,
+        input: &[f32],
+        n: usize,
+        run: impl FnOnce(&dyn Kernel, &[f32], &mut [f32], &mut [f32]) -> bool,
+    ) -> bool {
         let (Action::Kernel(kernel), Place::Slot(slot)) = (&self.action, self.output.place) else {
             return false;
         };
@@ -127,10 +151,10 @@ impl Step {
         let mut scratch = std::mem::take(&mut workspace.scratch);
         let output = &mut buffer[..n * self.output.len];
         let value = workspace.value(input, self.operands[0], n);
-        let fused = kernel.run_relu(n, value, output, &mut scratch);
+        let done = run(&**kernel, value, output, &mut scratch);
         workspace.scratch = scratch;
         workspace.slots[slot] = buffer;
-        fused
+        done
     }
 }
 
@@ -160,6 +184,7 @@ impl Session {
         };
         let level = isa.level().expect("the level was just checked");
         let graph = network.graph();
+        let signs = sign_values(network);
         // Unpacked codes of one layer at a time.
         let mut codes = Vec::new();
         let actions = graph
@@ -167,7 +192,9 @@ impl Session {
             .iter()
             .zip(&network.layout().geometries)
             .map(|(node, geometry)| {
-                plan_action(network, node, geometry, isa, options.precision, &mut codes)
+                let sign_input = signs.contains(node.inputs[0].as_str());
+                let options = (isa, options.precision);
+                plan_action(network, node, geometry, sign_input, options, &mut codes)
             })
             .collect::<Result<Vec<_>>>()?;
         let plan = BufferPlan::new(network, &actions);
@@ -175,7 +202,7 @@ impl Session {
             place: plan.places[name.as_str()],
             len: network.shape(name).iter().product(),
         };
-        let steps = graph
+        let mut steps = graph
             .nodes
             .iter()
             .zip(actions)
@@ -184,8 +211,14 @@ impl Session {
                 action,
                 operands: node.inputs.iter().map(operand).collect(),
                 output: operand(&node.name),
+                folded: false,
             })
-            .collect();
+            .collect::<Vec<_>>();
+        for i in 2..steps.len() {
+            if let [kernel, norm, sign] = &mut steps[i - 2..=i] {
+                kernel.fold(norm, sign);
+            }
+        }
         Ok(Self {
             isa,
             level,
@@ -264,8 +297,20 @@ impl Session {
         if self.check(workspace, input, n)? {
             let mut steps = self.steps.iter().peekable();
             while let Some(step) = steps.next() {
+                if step.folded {
+                    step.run_kernel(workspace, input, n, |kernel, x, y, scratch| {
+                        kernel.run_folded(n, x, y, scratch);
+                        true
+                    });
+                    // The normalisation and the sign.
+                    steps.nth(1);
+                    continue;
+                }
                 let relu = steps.next_if(|next| next.is_relu_of(step));
-                let fused = relu.is_some() && step.run_kernel_relu(workspace, input, n);
+                let fused = relu.is_some()
+                    && step.run_kernel(workspace, input, n, |kernel, x, y, scratch| {
+                        kernel.run_relu(n, x, y, scratch)
+                    });
                 if fused {
                     continue;
                 }
@@ -385,14 +430,39 @@ impl Session {
     }
 }
 
-/// Choose the action of `node` and pack its weights. `codes` may hold anything.
+/// Values that hold nothing but 1 and -1, or NaN.
+fn sign_values(network: &Network) -> HashSet<&str> {
+    let mut signs = HashSet::new();
+    for node in &network.graph().nodes {
+        let keeps = match node.op {
+            Op::Sign {} => true,
+            Op::Flatten {}
+            | Op::Reshape { .. }
+            | Op::Dropout { .. }
+            | Op::MaxPool { .. }
+            | Op::GlobalMaxPool {}
+            | Op::Slice { .. }
+            | Op::Transpose { .. }
+            | Op::Mul {}
+            | Op::Concat {} => node.inputs.iter().all(|i| signs.contains(i.as_str())),
+            _ => false,
+        };
+        if keeps {
+            signs.insert(node.name.as_str());
+        }
+    }
+    signs
+}
+
+/// Choose the action of `node` and pack its weights. `sign_input` is that of
+/// [`Weights::Binary`]; `codes` may hold anything.
 #[expect(clippy::too_many_lines, reason = "one arm per operation")]
 fn plan_action(
     network: &Network,
     node: &Node,
     geometry: &Geometry,
-    isa: Isa,
-    precision: Precision,
+    sign_input: bool,
+    (isa, precision): (Isa, Precision),
     codes: &mut Vec<u16>,
 ) -> Result<Action> {
     // Channels and pixels; a vector of features is one pixel.
@@ -402,7 +472,7 @@ fn plan_action(
     let signs = network.signs(&node.name);
     let weights = |pq: &Option<PqGeometry>| match *pq {
         None => match &signs {
-            Some(signs) => Weights::Binary(signs),
+            Some(signs) => Weights::Binary { signs, sign_input },
             None => Weights::Dense(parameter("weight").expect("checked by Network::new")),
         },
         Some(geometry) => Weights::ProductQuantized {

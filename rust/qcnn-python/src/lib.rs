@@ -16,7 +16,7 @@ use numpy::{
 };
 use pyo3::exceptions::PyOSError;
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyTuple};
+use pyo3::types::{PyBytes, PyDict, PyTuple};
 use qcnn_core::session::Options;
 use qcnn_core::{
     Error, Graph, Isa, Network, Session, Tensor, TensorData, Tensors, Workspace, container,
@@ -251,6 +251,19 @@ impl PyNetwork {
     /// Write a `.qcnn` file.
     fn write(&self, py: Python<'_>, path: PathBuf) -> PyResult<()> {
         detached(py, || container::write(&path, &self.network))
+    }
+
+    /// Check the content of a `.qcnn` file.
+    #[staticmethod]
+    fn from_bytes(py: Python<'_>, content: &[u8]) -> PyResult<Self> {
+        let network = detached(py, || container::from_bytes(content))?;
+        Ok(Self { network })
+    }
+
+    /// The content of a `.qcnn` file.
+    fn to_bytes<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        let content = detached(py, || container::to_bytes(&self.network))?;
+        Ok(PyBytes::new(py, &content))
     }
 
     /// The graph in canonical form.

@@ -2,8 +2,8 @@
 
 use std::arch::x86_64::{
     __m128i, __m256, __m256i, _CMP_UNORD_Q, _MM_HINT_T0, _mm_cvtsi32_si128, _mm_loadu_si128,
-    _mm_prefetch, _mm256_add_epi8, _mm256_add_epi16, _mm256_add_epi32, _mm256_add_ps,
-    _mm256_and_si256, _mm256_andnot_ps, _mm256_andnot_si256, _mm256_blend_epi16,
+    _mm_prefetch, _mm_setr_epi8, _mm256_add_epi8, _mm256_add_epi16, _mm256_add_epi32,
+    _mm256_add_ps, _mm256_and_si256, _mm256_andnot_ps, _mm256_andnot_si256, _mm256_blend_epi16,
     _mm256_blendv_epi8, _mm256_blendv_ps, _mm256_broadcastsi128_si256, _mm256_castpd_ps,
     _mm256_castps_pd, _mm256_castsi256_ps, _mm256_castsi256_si128, _mm256_cmp_ps,
     _mm256_cmpgt_epi32, _mm256_cvtepi16_epi32, _mm256_cvtepi32_ps, _mm256_cvtps_epi32,
@@ -12,10 +12,11 @@ use std::arch::x86_64::{
     _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps, _mm256_mullo_epi16, _mm256_or_si256,
     _mm256_packs_epi16, _mm256_packs_epi32, _mm256_permute2x128_si256, _mm256_permute4x64_epi64,
     _mm256_permute4x64_pd, _mm256_permutevar8x32_epi32, _mm256_permutevar8x32_ps, _mm256_rsqrt_ps,
-    _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi32, _mm256_setzero_si256,
-    _mm256_shuffle_epi8, _mm256_shuffle_ps, _mm256_slli_epi16, _mm256_slli_epi32,
-    _mm256_srai_epi32, _mm256_srl_epi16, _mm256_srl_epi32, _mm256_srli_epi32, _mm256_storeu_ps,
-    _mm256_storeu_si256, _mm256_unpackhi_epi32, _mm256_unpacklo_epi32,
+    _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi32,
+    _mm256_setzero_si256, _mm256_shuffle_epi8, _mm256_shuffle_ps, _mm256_slli_epi16,
+    _mm256_slli_epi32, _mm256_srai_epi32, _mm256_srl_epi16, _mm256_srl_epi32, _mm256_srli_epi32,
+    _mm256_storeu_ps, _mm256_storeu_si256, _mm256_unpackhi_epi32, _mm256_unpacklo_epi32,
+    _mm256_xor_si256,
 };
 
 use super::{Simd, Task};
@@ -31,6 +32,9 @@ impl Simd for Avx2 {
     const LOOK_UP_CYCLES: [f64; 3] = [2.9, 4.7, 8.6];
     const BYTE_LOOK_UP_CYCLES: [f64; 2] = [5.0, 8.0];
     const LOOK_UP_F32_CYCLES: [f64; 3] = [2.0, 3.8, 7.5];
+    const COUNT_CYCLES: f64 = 2.5;
+    // Bytes of counts stay below 2^7.
+    const COUNTED_WORDS: usize = 15;
     type F32 = __m256;
     type I16 = __m256i;
     type I32 = __m256i;
@@ -382,6 +386,28 @@ impl Simd for Avx2 {
             let pairs = _mm256_maddubs_epi16(_mm256_set1_epi32(weights.cast_signed()), a);
             _mm256_add_epi32(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)), c)
         }
+    }
+
+    #[inline(always)]
+    fn count_differences(self, counts: __m256i, a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: `self` proves AVX2.
+        unsafe {
+            // The ones of each number of four bits.
+            let ones = _mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+            let ones = _mm256_broadcastsi128_si256(ones);
+            let digit = _mm256_set1_epi8(15);
+            let differences = _mm256_xor_si256(a, b);
+            let low = _mm256_and_si256(differences, digit);
+            let high = _mm256_and_si256(_mm256_srli_epi32::<4>(differences), digit);
+            let low = _mm256_shuffle_epi8(ones, low);
+            let high = _mm256_shuffle_epi8(ones, high);
+            _mm256_add_epi8(counts, _mm256_add_epi8(low, high))
+        }
+    }
+
+    #[inline(always)]
+    fn add_counts(self, total: __m256i, counts: __m256i) -> __m256i {
+        self.dot_i8(0x0101_0101, counts, total)
     }
 
     #[inline(always)]

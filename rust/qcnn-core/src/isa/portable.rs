@@ -17,6 +17,8 @@ impl<const N: usize> Simd for Portable<N> {
     const LOOK_UP_CYCLES: [f64; 3] = [12.0 * N as f64; 3];
     const BYTE_LOOK_UP_CYCLES: [f64; 2] = [12.0 * N as f64; 2];
     const LOOK_UP_F32_CYCLES: [f64; 3] = [6.0 * N as f64; 3];
+    const COUNT_CYCLES: f64 = 4.5;
+    const COUNTED_WORDS: usize = usize::MAX;
     type F32 = [f32; N];
     /// The lower and the upper half.
     type I16 = [[i16; N]; 2];
@@ -302,6 +304,16 @@ impl<const N: usize> Simd for Portable<N> {
             let products = products.map(|(a, weight)| i32::from(*a) * i32::from(weight));
             products.fold(c[i], i32::wrapping_add)
         })
+    }
+
+    #[inline(always)]
+    fn count_differences(self, counts: [i32; N], a: [i32; N], b: [i32; N]) -> [i32; N] {
+        std::array::from_fn(|i| counts[i] + (a[i] ^ b[i]).count_ones().cast_signed())
+    }
+
+    #[inline(always)]
+    fn add_counts(self, total: [i32; N], counts: [i32; N]) -> [i32; N] {
+        std::array::from_fn(|i| total[i].wrapping_add(counts[i]))
     }
 
     #[inline(always)]

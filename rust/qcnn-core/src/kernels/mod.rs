@@ -20,6 +20,7 @@ mod rows;
 pub mod scalar;
 pub(crate) mod tile;
 mod words;
+mod xnor;
 
 use std::borrow::Cow;
 use std::fmt::{self, Debug};
@@ -29,6 +30,7 @@ use crate::graph::PqGeometry;
 use crate::isa::{Isa, Simd, Task};
 use crate::ops::conv::{DirectConv, GemmConv};
 use crate::ops::fc::GemmFc;
+use crate::ops::norm::BatchNorm;
 use crate::pack::Codes;
 use crate::precision::Precision;
 use channels::ChannelsConv;
@@ -37,6 +39,7 @@ use permute::PermuteFc;
 use pixels::PixelsConv;
 use rows::{Float, RowsConv, Short};
 use words::WordsFc;
+use xnor::{XnorConv, XnorFc};
 
 /// A layer, ready to run.
 pub trait Kernel: Debug + Send + Sync {
@@ -63,6 +66,21 @@ pub trait Kernel: Debug + Send + Sync {
     fn run_relu(&self, _: usize, _: &[f32], _: &mut [f32], _: &mut [f32]) -> bool {
         false
     }
+
+    /// Prepare [`run_folded`](Self::run_folded) for a normalisation, or return false.
+    fn fold(&mut self, _: &BatchNorm) -> bool {
+        false
+    }
+
+    /// As [`run`](Self::run), followed by the normalisation that was folded in and the
+    /// sign: the same numbers, to the bit.
+    ///
+    /// # Panics
+    ///
+    /// If nothing was folded in.
+    fn run_folded(&self, _: usize, _: &[f32], _: &mut [f32], _: &mut [f32]) {
+        unreachable!("nothing was folded in");
+    }
 }
 
 /// Weights of a layer as the network stores them.
@@ -70,8 +88,13 @@ pub trait Kernel: Debug + Send + Sync {
 pub enum Weights<'a, C = &'a [u16]> {
     /// `(outputs, channels per group, taps)`.
     Dense(&'a [f32]),
-    /// The same, each 1 or -1.
-    Binary(&'a [i8]),
+    /// Nothing but 1 and -1.
+    Binary {
+        /// In the order of dense weights.
+        signs: &'a [i8],
+        /// Whether the layer's input, too, is nothing but 1 and -1, or NaN.
+        sign_input: bool,
+    },
     /// Codebooks and codes.
     ProductQuantized {
         /// How the channels of a group are split.
@@ -91,7 +114,7 @@ impl<'a> Weights<'a, Codes<'a>> {
     {
         match self {
             Self::Dense(weight) => Weights::Dense(weight),
-            Self::Binary(signs) => Weights::Binary(signs),
+            Self::Binary { signs, sign_input } => Weights::Binary { signs, sign_input },
             Self::ProductQuantized {
                 geometry,
                 codebooks,
@@ -135,7 +158,7 @@ impl<'a> ConvLayer<'a> {
     pub(crate) fn dense_weights(&self) -> Cow<'a, [f32]> {
         match self.weights {
             Weights::Dense(weight) => Cow::Borrowed(weight),
-            Weights::Binary(_) | Weights::ProductQuantized { .. } => Cow::Owned(self.decode()),
+            _ => Cow::Owned(self.decode()),
         }
     }
 
@@ -153,7 +176,7 @@ impl<'a> FcLayer<'a> {
     pub(crate) fn dense_weights(&self) -> Cow<'a, [f32]> {
         match self.weights {
             Weights::Dense(weight) => Cow::Borrowed(weight),
-            Weights::Binary(_) | Weights::ProductQuantized { .. } => Cow::Owned(self.decode()),
+            _ => Cow::Owned(self.decode()),
         }
     }
 
@@ -241,6 +264,7 @@ fn conv_kernels_of<'a, S: Simd>(
         RowsConv::<_, Float<1>>::candidate(simd, layer),
         RowsConv::<_, Float<2>>::candidate(simd, layer),
         PixelsConv::candidate(simd, layer),
+        XnorConv::candidate(simd, layer),
         DirectConv::candidate(simd, layer),
         Some(GemmConv::candidate(simd, layer)),
     ];
@@ -285,6 +309,7 @@ fn fc_kernels_of<'a, S: Simd>(
     let exact = [
         PermuteFc::<S, f32>::candidate(simd, layer),
         WordsFc::candidate(simd, layer),
+        XnorFc::candidate(simd, layer),
         Some(GemmFc::candidate(simd, layer)),
     ];
     let mut candidates: Vec<_> = fast

@@ -12,7 +12,7 @@ impl Weights<'_> {
     fn value(&self, extents: Extents, o: usize, c: usize, tap: usize) -> f32 {
         match *self {
             Self::Dense(weight) => weight[(o * extents.channels + c) * extents.taps + tap],
-            Self::Binary(signs) => {
+            Self::Binary { signs, .. } => {
                 f32::from(signs[(o * extents.channels + c) * extents.taps + tap])
             }
             Self::ProductQuantized {

@@ -8,6 +8,8 @@ use super::{conv_kernels, conv_kernels_of, fc_kernels, fc_kernels_of};
 use crate::geometry::ConvGeometry;
 use crate::graph::{CodebookBits, PqGeometry};
 use crate::isa::{Isa, Portable, Simd};
+use crate::ops::norm::BatchNorm;
+use crate::ops::quantize::sign;
 use crate::pack::{Codes, pack};
 use crate::precision::Precision;
 
@@ -1080,5 +1082,234 @@ proptest! {
         pq in any_pq(),
     ) {
         prop_assert_eq!(FcCase { n, inputs, outputs, bias, pq }.check(), Ok(()));
+    }
+}
+
+impl Random {
+    fn sign(&mut self) -> i8 {
+        if self.next().is_multiple_of(2) { 1 } else { -1 }
+    }
+
+    fn signs(&mut self, n: usize) -> Vec<i8> {
+        (0..n).map(|_| self.sign()).collect()
+    }
+}
+
+/// What is wrong with the kernels that count bits, of which there is one for each
+/// level: they have to give the reference's bits, alone and in a batch, with NaN where
+/// `input` has one and without, and those of a normalisation and the sign that follow.
+fn check_counting(
+    kernels: &[Candidate<'_>],
+    random: &mut Random,
+    n: usize,
+    input: &mut [f32],
+    channels: usize,
+    run: impl Fn(&[f32]) -> Vec<f32>,
+) -> Result<(), String> {
+    let mut kernels: Vec<_> = kernels.iter().map(Candidate::build).collect();
+    kernels.retain(|kernel| kernel.name().ends_with("-b1-xnor"));
+    if kernels.len() != Isa::available().len() + 1 {
+        return Err("a level has no kernel that counts bits".to_owned());
+    }
+    // Some channels do not depend on their input.
+    let scale: Vec<_> = (0..channels).map(|_| random.float().round()).collect();
+    let (bias, mean) = (random.floats(channels), random.floats(channels));
+    let norm = BatchNorm::new("norm", &scale, &bias, &mean, &vec![1.0; channels], 0.1);
+    let norm = norm.unwrap();
+    if !kernels.iter_mut().all(|kernel| kernel.fold(&norm)) {
+        return Err("a kernel does not fold".to_owned());
+    }
+    let nan = random.next() as usize;
+    for spoilt in [false, true] {
+        if spoilt {
+            input[nan % input.len()] = f32::NAN;
+        }
+        let expected = run(input);
+        let mut signs = expected.clone();
+        let planes = signs.chunks_exact_mut(expected.len() / n / channels);
+        for (i, plane) in planes.enumerate() {
+            for y in plane {
+                *y = sign(norm.apply(i % channels, *y));
+            }
+        }
+        for kernel in &kernels {
+            let compare = |output: &[f32], expected: &[f32]| {
+                let same =
+                    |(a, b): (&f32, &f32)| a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
+                match output.iter().zip(expected).position(|pair| !same(pair)) {
+                    None => Ok(()),
+                    Some(i) => Err(format!(
+                        "{}: element {i} is {}, expected {}",
+                        kernel.name(),
+                        output[i],
+                        expected[i]
+                    )),
+                }
+            };
+            let mut scratch = vec![f32::NAN; kernel.scratch_len(n)];
+            let mut output = vec![f32::INFINITY; expected.len()];
+            kernel.run(n, input, &mut output, &mut scratch);
+            compare(&output, &expected)?;
+            kernel.run_folded(n, input, &mut output, &mut scratch);
+            compare(&output, &signs)?;
+            let last = (n - 1) * (input.len() / n);
+            let alone = &mut output[..expected.len() / n];
+            kernel.run(1, &input[last..], alone, &mut scratch);
+            compare(alone, &expected[expected.len() - alone.len()..])?;
+        }
+    }
+    Ok(())
+}
+
+fn check_sign_conv(case: &ConvCase, seed: u64) -> Result<(), String> {
+    let mut random = Random(seed);
+    let geometry = ConvGeometry::new(
+        "case",
+        case.input,
+        case.out_channels,
+        case.kernel,
+        case.stride,
+        case.dilation,
+        case.padding,
+        case.groups,
+    )
+    .unwrap();
+    let weights = case.out_channels * geometry.group_in_channels() * geometry.taps();
+    let signs = random.signs(weights);
+    let bias = case.bias.then(|| random.floats(case.out_channels));
+    let layer = ConvLayer {
+        geometry: &geometry,
+        weights: Weights::Binary {
+            signs: &signs,
+            sign_input: true,
+        },
+        bias: bias.as_deref(),
+    };
+    let image: usize = case.input.iter().product();
+    let mut input: Vec<f32> = random
+        .signs(case.n * image)
+        .into_iter()
+        .map(f32::from)
+        .collect();
+    let kernels = all_conv_kernels(&layer);
+    let run = |input: &[f32]| {
+        let mut output = vec![0.0; case.n * case.out_channels * geometry.out_pixels()];
+        scalar::conv(&layer, case.n, input, &mut output);
+        output
+    };
+    let channels = case.out_channels;
+    check_counting(&kernels, &mut random, case.n, &mut input, channels, run)
+        .map_err(|e| format!("{case:?}: {e}"))
+}
+
+#[test]
+fn convolutions_that_count_bits() {
+    let mut failures = Vec::new();
+    let mut seed = 0;
+    let mut check = |case: ConvCase| {
+        seed += 1;
+        failures.extend(check_sign_conv(&case, seed).err());
+    };
+    for channels in [1, 31, 32, 33, 65, 128] {
+        for out_channels in [1, 8, 33] {
+            check(ConvCase {
+                n: 2,
+                input: [channels, 5, 4],
+                out_channels,
+                padding: [1; 4],
+                ..ConvCase::default()
+            });
+        }
+    }
+    // More words than bytes can count at a time.
+    let input = [512, 3, 3];
+    check(ConvCase {
+        input,
+        padding: [1; 4],
+        ..ConvCase::default()
+    });
+    for size in [[1, 1], [1, 7], [4, 4], [5, 13], [16, 17]] {
+        check(ConvCase {
+            input: [40, size[0], size[1]],
+            kernel: [1, 1],
+            bias: false,
+            ..ConvCase::default()
+        });
+        check(ConvCase {
+            input: [7, size[0], size[1]],
+            out_channels: 70,
+            kernel: [2, 3],
+            padding: [1, 2, 3, 0],
+            ..ConvCase::default()
+        });
+    }
+    check(ConvCase {
+        input: [12, 11, 10],
+        out_channels: 9,
+        stride: [2, 3],
+        dilation: [3, 2],
+        padding: [2, 0, 5, 1],
+        groups: 3,
+        ..ConvCase::default()
+    });
+    // Some windows see nothing but padding.
+    check(ConvCase {
+        input: [3, 2, 2],
+        padding: [4; 4],
+        ..ConvCase::default()
+    });
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+#[test]
+fn fully_connected_layers_that_count_bits() {
+    for in_features in [1, 31, 32, 33, 64, 65, 500, 513, 1056] {
+        for out_features in [1, 15, 16, 40] {
+            for n in [1, 2, 3, 4, 7] {
+                let mut random = Random((in_features * out_features + n) as u64);
+                let signs = random.signs(in_features * out_features);
+                let bias = random.floats(out_features);
+                let layer = FcLayer {
+                    in_features,
+                    out_features,
+                    weights: Weights::Binary {
+                        signs: &signs,
+                        sign_input: true,
+                    },
+                    bias: (n != 2).then_some(&bias),
+                };
+                let signs = random.signs(n * in_features).into_iter();
+                let mut input: Vec<f32> = signs.map(f32::from).collect();
+                let kernels = all_fc_kernels(&layer);
+                let run = |input: &[f32]| {
+                    let mut output = vec![0.0; n * out_features];
+                    scalar::fc(&layer, n, input, &mut output);
+                    output
+                };
+                check_counting(&kernels, &mut random, n, &mut input, out_features, run)
+                    .unwrap_or_else(|e| panic!("{in_features} to {out_features}, {n} images: {e}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn bits_are_counted_only_where_all_numbers_are_signs() {
+    let geometry = ConvGeometry::new("case", [4, 3, 3], 2, [3; 2], [1; 2], [1; 2], [0; 4], 1);
+    let geometry = geometry.unwrap();
+    let signs = Random(1).signs(2 * 4 * 9);
+    for sign_input in [false, true] {
+        let layer = ConvLayer {
+            geometry: &geometry,
+            weights: Weights::Binary {
+                signs: &signs,
+                sign_input,
+            },
+            bias: None,
+        };
+        for kernel in all_conv_kernels(&layer) {
+            let counts = kernel.build().name().ends_with("-b1-xnor");
+            assert!(sign_input || !counts);
+        }
     }
 }

@@ -38,6 +38,16 @@ impl BatchNorm {
         Ok(Self { factors, summands })
     }
 
+    /// Factor and summand of a channel.
+    pub(crate) fn coefficients(&self, channel: usize) -> [f32; 2] {
+        [self.factors[channel], self.summands[channel]]
+    }
+
+    /// The response to a value of a channel, as [`run`](Self::run) computes it.
+    pub(crate) fn apply(&self, channel: usize, x: f32) -> f32 {
+        x * self.factors[channel] + self.summands[channel]
+    }
+
     /// Apply to images whose channels have `pixels` values each.
     pub(crate) fn run(&self, level: Level, pixels: usize, data: &mut [f32]) {
         level.call(Apply {

@@ -75,7 +75,13 @@ fn random_tensor(random: &mut Random, name: &str, spec: &TensorSpec) -> Tensor {
                 .collect(),
         ),
         Content::Signs => {
-            let sign = |_| if random.next().is_multiple_of(2) { 1 } else { -1 };
+            let sign = |_| {
+                if random.next().is_multiple_of(2) {
+                    1
+                } else {
+                    -1
+                }
+            };
             TensorData::Signs((0..len).map(sign).collect())
         }
         Content::Floats if name.ends_with(".variance") => {
@@ -148,7 +154,10 @@ fn interpret_node(
     let signs = network.signs(name);
     let weights = |pq: &Option<_>| match *pq {
         None => match &signs {
-            Some(signs) => Weights::Binary(signs),
+            Some(signs) => Weights::Binary {
+                signs,
+                sign_input: false,
+            },
             None => Weights::Dense(parameter("weight").unwrap()),
         },
         Some(geometry) => Weights::ProductQuantized {

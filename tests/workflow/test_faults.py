@@ -1,0 +1,107 @@
+"""What goes wrong: other surroundings, full disks, damaged files."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+
+MODEL = "results/tiny/model.qcnn"
+
+
+def errors(done):
+    """Return what the stages of a failed run say, one line each."""
+    assert done.returncode == 1, done.stdout
+    assert "Traceback" not in done.stdout
+    lines = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+    assert lines, done.stdout
+    return lines
+
+
+def remade(workspace, finished, *lost):
+    """Remove files, run, and return whether all became what they were."""
+    for path in lost:
+        path.unlink()
+    done = workspace.run()
+    assert done.returncode == 0, done.stdout
+    return workspace.artefacts() == finished.artefacts()
+
+
+def test_surroundings_change_nothing(fresh, finished):
+    workspace = fresh("späße & mehr")
+    done = workspace.run(
+        "--cores",
+        "1",
+        MODEL,
+        "results/tiny/replicates/0/evaluation.json",
+        PYTHONHASHSEED="4711",
+        LC_ALL="C",
+        LANG="tr_TR.UTF-8",
+        TZ="Pacific/Kiritimati",
+    )
+    assert done.returncode == 0, done.stdout
+    made = workspace.artefacts()
+    assert "tiny/model.qcnn" in made
+    assert made.items() <= finished.artefacts().items()
+
+
+@pytest.fixture
+def small_disk(workspace):
+    """Move the results to a disk of their own; return a function that fills it."""
+    results = workspace.path / "results"
+    kept = results.rename(workspace.path / "kept")
+    results.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(results)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
+    shutil.copytree(kept, results, dirs_exist_ok=True)
+    ballast = results / "ballast"
+
+    def leave(room):
+        disk = os.statvfs(results)
+        ballast.write_bytes(bytes(disk.f_bavail * disk.f_frsize - room))
+        return ballast
+
+    yield leave
+    subprocess.run(["umount", "--lazy", str(results)], check=True)
+
+
+@pytest.mark.parametrize("name", ["dataset.safetensors", "finetuned.qcnn"])
+def test_full_disk(name, small_disk, workspace, finished):
+    path = workspace.replicate / name
+    size = path.stat().st_size
+    path.unlink()
+    # The log still fits.
+    ballast = small_disk(room=4096 + size // 2)
+    (error,) = errors(workspace.run(str(path.relative_to(workspace.path))))
+    assert name in error
+    assert "No space left on device" in error
+    assert not path.exists()
+    assert remade(workspace, finished, ballast)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "another file"])
+@pytest.mark.parametrize(
+    ("name", "user"),
+    [
+        ("dataset.safetensors", "features.safetensors"),
+        ("finetuned.qcnn", "requantized/fc1.safetensors"),
+    ],
+)
+def test_damaged_intermediate(name, user, damage, workspace, finished):
+    path, made_of_it = workspace.replicate / name, workspace.replicate / user
+    content = path.read_bytes()
+    path.write_bytes(
+        {
+            "truncated": content[:-5],
+            "emptied": b"",
+            "another file": (
+                workspace.replicate / "quantized/conv1.safetensors"
+            ).read_bytes(),
+        }[damage]
+    )
+    made_of_it.unlink()
+    done = workspace.run(str(made_of_it.relative_to(workspace.path)))
+    assert all(str(path.relative_to(workspace.path)) in error for error in errors(done))
+    assert remade(workspace, finished, path)
