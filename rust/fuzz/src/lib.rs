@@ -10,9 +10,7 @@ use std::cell::Cell;
 use qcnn_core::graph::Content;
 use qcnn_core::pack::{Codes, check_packed, pack};
 use qcnn_core::session::{Options, Session, Workspace};
-use qcnn_core::{
-    Graph, Isa, Network, Precision, Tensor, TensorData, Tensors, container as format,
-};
+use qcnn_core::{Graph, Isa, Network, Precision, Tensor, TensorData, Tensors, container as format};
 
 /// Reading a file may take so many times its size, and [`MEMORY_FLOOR`] more.
 pub const MEMORY_FACTOR: usize = 64;
@@ -54,7 +52,10 @@ pub fn container(data: &[u8]) {
 ///
 /// If the engine is wrong.
 pub fn network(data: &[u8]) {
-    let end = data.iter().position(|&byte| byte == 0).unwrap_or(data.len());
+    let end = data
+        .iter()
+        .position(|&byte| byte == 0)
+        .unwrap_or(data.len());
     let Ok(json) = std::str::from_utf8(&data[..end]) else {
         return;
     };
@@ -72,13 +73,20 @@ pub fn network(data: &[u8]) {
             return;
         }
         let mut next = || bytes.next().unwrap_or(1);
-        let data = if let Content::Codes(pq) = spec.content {
-            let code = |byte: u8| u16::from(byte) % pq.n_centroids.min(1 << 15) as u16;
-            TensorData::Codes((0..len).map(|_| code(next())).collect())
-        } else {
-            // All powers of two and both signs, a few infinities and NaNs.
-            let float = |byte: u8| f32::from_bits(u32::from(byte) << 24);
-            TensorData::F32((0..len).map(|_| float(next())).collect())
+        let data = match spec.content {
+            Content::Codes(pq) => {
+                let code = |byte: u8| u16::from(byte) % pq.n_centroids.min(1 << 15) as u16;
+                TensorData::Codes((0..len).map(|_| code(next())).collect())
+            }
+            Content::Signs => {
+                let sign = |byte: u8| if byte.is_multiple_of(2) { -1 } else { 1 };
+                TensorData::Signs((0..len).map(|_| sign(next())).collect())
+            }
+            Content::Floats | Content::Codebooks { .. } => {
+                // All powers of two and both signs, a few infinities and NaNs.
+                let float = |byte: u8| f32::from_bits(u32::from(byte) << 24);
+                TensorData::F32((0..len).map(|_| float(next())).collect())
+            }
         };
         let shape = spec.shape.clone();
         tensors.insert(name.clone(), Tensor { shape, data });
@@ -180,5 +188,5 @@ fn with_peak_memory<T>(work: impl FnOnce() -> T) -> (T, usize) {
     let before = HELD.get();
     PEAK.set(before);
     let result = work();
-    (result, (PEAK.get() - before).max(0) as usize)
+    (result, (PEAK.get() - before).max(0).cast_unsigned())
 }

@@ -5,7 +5,9 @@ use std::fs;
 use std::path::Path;
 
 fn replay(name: &str, target: fn(&[u8])) {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(name);
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("corpus")
+        .join(name);
     let mut n_inputs = 0;
     for entry in fs::read_dir(&folder).expect("the corpus is there") {
         let path = entry.expect("the corpus can be listed").path();
@@ -17,7 +19,15 @@ fn replay(name: &str, target: fn(&[u8])) {
         for i in 0..input.len() {
             let byte = input[i];
             // One bit, a digit or letter for another, the extremes.
-            for other in [byte ^ 1, byte ^ 0x80, byte.wrapping_add(7), 0, 0xff, b'9', b'-'] {
+            for other in [
+                byte ^ 1,
+                byte ^ 0x80,
+                byte.wrapping_add(7),
+                0,
+                0xff,
+                b'9',
+                b'-',
+            ] {
                 input[i] = other;
                 target(&input);
             }
