@@ -85,9 +85,14 @@ class LatentWeights:
     bits: int
 
     @property
+    def step(self) -> float:
+        """Distance of two levels."""
+        return float(2.0 ** (1 - self.bits)) if self.bits > 1 else 2.0
+
+    @property
     def limits(self) -> tuple[float, float]:
         """Lowest and highest level."""
-        return (-1.0, 1.0 - 2.0 ** (1 - self.bits)) if self.bits > 1 else (-1.0, 1.0)
+        return (-1.0, 1.0 - self.step) if self.bits > 1 else (-1.0, 1.0)
 
     def used(self, parameters: Parameters) -> Parameters:
         """Return parameters with the weights that the network computes with."""

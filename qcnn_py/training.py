@@ -23,9 +23,6 @@ __all__ = ["prepare_network", "train_cell", "train_network"]
 
 logger = logging.getLogger(__name__)
 
-# Standard deviation of latent weights at first; they end at 1.
-_WIDTH = 0.5
-
 
 def train_network(
     dataset: Dataset, config: TrainedNetworkConfig, seed: int
@@ -112,11 +109,14 @@ def _train(
 
 
 def _with_wide_weights(network: Network, latent: LatentWeights) -> Network:
-    """Return the network with drawn weights that use the range of the levels."""
+    """Return the network with drawn weights that spread over more than one level."""
     weights = {k: v for k, v in network.tensors.items() if k.endswith(".weight")}
-    wide = {name: _WIDTH * array / array.std() for name, array in weights.items()}
+    wide = {k: v * max(1.0, latent.step / v.std()) for k, v in weights.items()}
     return network.replace(
-        tensors={name: np.clip(array, *latent.limits) for name, array in wide.items()}
+        tensors={
+            name: np.clip(array, *latent.limits).astype(np.float32)
+            for name, array in wide.items()
+        }
     )
 
 

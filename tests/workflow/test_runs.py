@@ -55,8 +55,9 @@ def test_networks_are_compared(workspace):
             "batch_norm": True,
             "training": {"epochs": 1, "batch_size": 20},
         },
+        # In alphabetical order, as they are written.
         "cells": {
-            "float": {},
+            "a-float": {},
             "bits": {"weights": "binary", "activations": {"scheme": "sign"}},
         },
         "benchmark": {"repeats": 1, "batches": 2, "warmup": 1},

@@ -20,7 +20,7 @@ rule quantize_activations:
         seed=replicate_seed,
         code=code_of("quantize_activations"),
     message:
-        "{wildcards.run}/{wildcards.replicate}: quantising activations"
+        "{wildcards.run}/{wildcards.replicate}: rounding activations"
     script:
         "../scripts/quantize_activations.py"
 
