@@ -26,6 +26,15 @@ settings.register_profile("slow", max_examples=1000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 DATA_VARIABLE = "QCNN_TEST_DATA"
+LONG_VARIABLE = "QCNN_LONG_TESTS"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out what takes minutes, unless it is asked for."""
+    if not os.environ.get(LONG_VARIABLE):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason=f"{LONG_VARIABLE} is not set"))
 
 
 @pytest.fixture(scope="session")

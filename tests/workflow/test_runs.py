@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import psutil
+import pytest
 
 import qcnn_py
 from qcnn_py.quantization import QuantizedLayer
@@ -25,6 +26,7 @@ def test_end_to_end(finished):
     assert 'href="tiny/report.html"' in (results.parent / "index.html").read_text()
 
 
+@pytest.mark.long
 def test_quantised_activations_are_in_every_stage(workspace):
     activations = {"scheme": "linear", "bits": 4, "noise": True}
     workspace.edit_config(
@@ -111,6 +113,7 @@ def kill_stage(process):
     stage.kill()
 
 
+@pytest.mark.long
 def test_killed_run_resumes_to_the_same_bytes(workspace, finished):
     results = workspace.path / "results" / "tiny"
     kept = {"dataset.safetensors", "network.qcnn", "training.json", "conv1.safetensors"}
@@ -133,6 +136,7 @@ def test_killed_run_resumes_to_the_same_bytes(workspace, finished):
     assert workspace.artefacts() == finished.artefacts()
 
 
+@pytest.mark.long
 def test_shards_give_the_same_layers(workspace, finished):
     workspace.edit_config(
         lambda config: config["runs"]["tiny"]["quantize"].update(shards=3)
