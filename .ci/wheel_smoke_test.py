@@ -30,11 +30,18 @@ def qcnn(*arguments: object) -> list:
 nodes = [
     qcnn_py.Node("pool", "global_average_pool", ("input",), {}),
     qcnn_py.Node("flat", "flatten", ("pool",), {}),
-    qcnn_py.Node("fc", "fc", ("flat",), {
-        "out_features": 3, "bias": False, "weights": {"type": "dense"},
-    }),
+    qcnn_py.Node(
+        "fc",
+        "fc",
+        ("flat",),
+        {
+            "out_features": 3,
+            "bias": False,
+            "weights": {"type": "dense"},
+        },
+    ),
     qcnn_py.Node("prob", "softmax", ("fc",), {}),
-]  # fmt: skip
+]
 metadata = {
     "class_names": ["red", "green", "blue"],
     "preprocessing": {"channel_order": "rgb", "resize": [8, 8]},

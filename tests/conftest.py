@@ -32,9 +32,10 @@ LONG_VARIABLE = "QCNN_LONG_TESTS"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave out what takes minutes, unless it is asked for."""
     if not os.environ.get(LONG_VARIABLE):
+        skip = pytest.mark.skip(reason="takes a minute or more: .ci/long runs it")
         for item in items:
             if item.get_closest_marker("long"):
-                item.add_marker(pytest.mark.skip(reason=f"{LONG_VARIABLE} is not set"))
+                item.add_marker(skip)
 
 
 @pytest.fixture(scope="session")

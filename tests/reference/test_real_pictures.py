@@ -52,9 +52,18 @@ def test_classes_are_those_of_onnx_runtime(
     model = test_data / f"{name}.onnx"
     mean, std = NORMALISATION[name]
     found = run(
-        "classify", model, pictures, "--top", 10, "--precision", "exact",
-        "--mean", ",".join(map(str, mean)), "--std", ",".join(map(str, std)),
-    )  # fmt: skip
+        "classify",
+        model,
+        pictures,
+        "--top",
+        10,
+        "--precision",
+        "exact",
+        "--mean",
+        ",".join(map(str, mean)),
+        "--std",
+        ",".join(map(str, std)),
+    )
     assert len(found) == 20
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     for each in found:
@@ -76,10 +85,17 @@ def test_the_authors_network(test_data: Path, tmp_path: Path) -> None:
     folder = test_data / AUTHORS
     model = tmp_path / "alexnet.qcnn"
     run(
-        "import", folder, "bvlc_alexnet_aCaF", "AlexNet", "-o", model,
-        "--mean-image", folder / "imagenet_mean.single.bin",
-        "--labels", folder / "class_names.txt",
-    )  # fmt: skip
+        "import",
+        folder,
+        "bvlc_alexnet_aCaF",
+        "AlexNet",
+        "-o",
+        model,
+        "--mean-image",
+        folder / "imagenet_mean.single.bin",
+        "--labels",
+        folder / "class_names.txt",
+    )
     found = run("classify", model, folder / "images", "--top", 3)
     assert len(found) == 4
     names = (folder / "class_names.txt").read_text().splitlines()

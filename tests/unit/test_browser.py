@@ -131,7 +131,7 @@ def test_text_is_legible_in_both_schemes(
     browser: Browser, file: Path, scheme: str
 ) -> None:
     if file.stem == "inspect":
-        pytest.skip("has the browser's own colours")
+        pytest.skip("this page states no colours: the browser's own are legible")
     page = opened(browser, file, 390, color_scheme=scheme)
     paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (luminance(paper) > 0.5) == (scheme == "light")
