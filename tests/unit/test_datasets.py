@@ -493,6 +493,17 @@ def test_damaged_zip_members_are_named(tmp_path: Path) -> None:
         prepare(source="images", path=path)
 
 
+@pytest.mark.parametrize("start", ["find", "rfind"], ids=["member", "directory"])
+def test_names_that_are_no_text_are_refused(start: str, tmp_path: Path) -> None:
+    files = {name.replace("cat", "cät"): data for name, data in image_files().items()}
+    path = write_zip(tmp_path / "data.zip", files)
+    content = path.read_bytes()
+    place = getattr(content, start)("ä".encode())
+    path.write_bytes(content[:place] + b"\xff\xff" + content[place + 2 :])
+    with pytest.raises(DatasetError, match=r"data\.zip.*codec can't decode"):
+        prepare(source="images", path=path)
+
+
 @pytest.mark.parametrize("content", [None, b"no zip"], ids=["missing", "text"])
 def test_images_that_are_no_zip_are_refused(
     content: bytes | None, tmp_path: Path
@@ -549,6 +560,10 @@ _IMAGES = idx(np.zeros((8, 3, 4)))
             r"shape \(3, 5\), expected.*\(3, 4\)",
         ),
         ({"train_images": idx(np.zeros((0, 3, 4)))}, "expected as many labels"),
+        (
+            {"train_images": _IMAGES[:4] + b"\xff" * 8 + bytes(4)},
+            r"got shape \(4294967295, 4294967295, 0\)",
+        ),
     ],
     ids=lambda value: "" if isinstance(value, str) else None,
 )
@@ -558,6 +573,14 @@ def test_malformed_idx_files_are_refused(
     config = idx_config(tmp_path, **changes)
     with pytest.raises(DatasetError, match=message):
         prepare(**config)
+
+
+def test_npz_members_that_are_no_arrays_are_refused(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "data.npz", {"images": b"text", "labels": b"text"})
+    with pytest.raises(
+        DatasetError, match=r"got arrays .*expected one called 'images'"
+    ):
+        prepare(source="npz", path=path)
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
