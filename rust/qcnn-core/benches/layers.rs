@@ -15,7 +15,9 @@ use divan::Bencher;
 use divan::counter::ItemsCount;
 use qcnn_core::geometry::ConvGeometry;
 use qcnn_core::graph::{CodebookBits, PqGeometry};
-use qcnn_core::kernels::{ConvLayer, FcLayer, Kernel, Weights, conv_kernels, fc_kernels};
+use qcnn_core::kernels::{
+    ConvLayer, FcLayer, Grid, Kernel, Levels, Weights, conv_kernels, fc_kernels,
+};
 use qcnn_core::{Isa, Precision};
 
 fn main() {
@@ -254,7 +256,7 @@ const BINARY_CONVS: [Conv; 4] = [
 ];
 
 /// With inputs of 1 and -1 the same weights are packed, with others they are dense.
-fn bench_binary(bencher: Bencher<'_, '_>, case: &Case<Conv>, sign_input: bool) {
+fn bench_binary(bencher: Bencher<'_, '_>, case: &Case<Conv>, input: Levels) {
     let geometry = geometry_of(&case.layer);
     let weights = geometry.out_channels * geometry.group_in_channels() * geometry.taps();
     let sign = |i: usize| {
@@ -269,26 +271,26 @@ fn bench_binary(bencher: Bencher<'_, '_>, case: &Case<Conv>, sign_input: bool) {
         geometry: &geometry,
         weights: Weights::Binary {
             signs: &signs,
-            sign_input,
+            input,
         },
         bias: None,
     };
     let kernel = conv_kernels(&layer, case.isa, Precision::Exact)[0].build();
     let in_len = geometry.in_channels * geometry.in_pixels();
-    let input: Vec<f32> = (0..in_len).map(|i| f32::from(sign(i))).collect();
+    let values: Vec<f32> = (0..in_len).map(|i| f32::from(sign(i))).collect();
     let out_len = geometry.out_channels * geometry.out_pixels();
     let products = weights * geometry.out_pixels();
-    run(bencher, &*kernel, 1, &input, out_len, products);
+    run(bencher, &*kernel, 1, &values, out_len, products);
 }
 
 #[divan::bench(args = cases(&BINARY_CONVS, &[1]))]
 fn conv_binary(bencher: Bencher<'_, '_>, case: &Case<Conv>) {
-    bench_binary(bencher, case, true);
+    bench_binary(bencher, case, Levels::Signs);
 }
 
 #[divan::bench(args = cases(&BINARY_CONVS, &[1]))]
 fn conv_binary_dense(bencher: Bencher<'_, '_>, case: &Case<Conv>) {
-    bench_binary(bencher, case, false);
+    bench_binary(bencher, case, Levels::Any);
 }
 
 /// A fully connected layer of `AlexNet`.

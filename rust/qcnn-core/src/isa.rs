@@ -234,6 +234,9 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
     /// Clock cycles that [`count_differences`](Self::count_differences) takes, with
     /// its share of the loads and of [`add_counts`](Self::add_counts).
     const COUNT_CYCLES: f64;
+    /// Clock cycles that [`dot_bytes`](Self::dot_bytes) takes, as multiples of those of
+    /// [`dot_i16`](Self::dot_i16).
+    const DOT_BYTES_CYCLES: f64;
     /// How often [`count_differences`](Self::count_differences) may add to the same
     /// counts.
     const COUNTED_WORDS: usize;
@@ -415,6 +418,24 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
 
     /// The upper halves of each value, those of `even` in even lanes.
     fn upper_halves(self, even: Self::I32, odd: Self::I32) -> Self::I16;
+
+    /// The lower halves of each value of `even` shifted right by `right` in even lanes,
+    /// the upper halves of each value of `odd` shifted left by `left` in odd lanes; both
+    /// distances are in 0..32.
+    fn shifted_halves(
+        self,
+        even: Self::I32,
+        right: Self::I32,
+        odd: Self::I32,
+        left: Self::I32,
+    ) -> Self::I16;
+
+    /// `low + 2^8 * high`, modulo 2^16.
+    fn join_bytes(self, low: Self::I16, high: Self::I16) -> Self::I16;
+
+    /// `c[i] + sum over j < 4 of a[4 * i + j] * weights[j]`, modulo 2^32, where the bytes
+    /// of `a`, the lower of each lane first, have no sign, and those of `weights` have.
+    fn dot_bytes(self, a: Self::I16, weights: i32, c: Self::I32) -> Self::I32;
 
     /// As float32, in turns from `even` and `odd`.
     fn interleave_i32(self, even: Self::I32, odd: Self::I32) -> [Self::F32; 2];
@@ -723,6 +744,7 @@ mod tests {
         assert_eq!(bytes, a, "{}", S::NAME);
 
         check_counts(s);
+        check_unsigned_bytes(s);
 
         check_byte_look_up::<S, 16>(s);
         check_byte_look_up::<S, 32>(s);
@@ -748,6 +770,54 @@ mod tests {
                     assert_eq!(*value as i32, expected, "{} {rows} {columns}", S::NAME);
                 }
             }
+        }
+    }
+
+    /// The primitives for products of 8-bit integers, at the greatest, too.
+    #[inline(always)]
+    fn check_unsigned_bytes<S: Simd>(s: S) {
+        let lanes = 2 * S::LANES;
+        let bytes = |seed: usize| -> Vec<i16> {
+            (0..lanes)
+                .map(|i| [255, 0, 128, 127, 1, 77][(i * seed + i / 5) % 6])
+                .collect()
+        };
+        let (low, high) = (bytes(1), bytes(5));
+        let mut joined = vec![0i16; lanes];
+        let mut halves = vec![0i16; lanes];
+        for weights in [
+            [127i8; 4],
+            [-127; 4],
+            [-128, 127, 0, 1],
+            [3, -100, 127, -127],
+        ] {
+            let word = i32::from_le_bytes(weights.map(i8::cast_unsigned));
+            // Of each pair of lanes four products and what they are added to.
+            let sum = |i: usize, begin: i32| {
+                let bytes = [low[2 * i], high[2 * i], low[2 * i + 1], high[2 * i + 1]];
+                let products = bytes.iter().zip(weights);
+                begin
+                    + products
+                        .map(|(a, w)| i32::from(*a) * i32::from(w))
+                        .sum::<i32>()
+            };
+            // SAFETY: all buffers hold a vector of 16-bit lanes.
+            unsafe {
+                let a = s.join_bytes(s.load_i16(low.as_ptr()), s.load_i16(high.as_ptr()));
+                s.store_i16(joined.as_mut_ptr(), a);
+                let even = s.dot_bytes(a, word, s.splat_i32(-7));
+                let odd = s.dot_bytes(a, word, s.splat_i32(40_000));
+                let [right, left] = [s.splat_i32(3), s.splat_i32(13)];
+                let shifted = s.shifted_halves(even, right, odd, left);
+                s.store_i16(halves.as_mut_ptr(), shifted);
+            }
+            for i in 0..S::LANES {
+                let expected = [(sum(i, -7) >> 3) as i16, (sum(i, 40_000) >> 3) as i16];
+                assert_eq!(halves[2 * i..][..2], expected, "{} {weights:?}", S::NAME);
+            }
+        }
+        for ((joined, low), high) in joined.iter().zip(&low).zip(&high) {
+            assert_eq!(*joined, low.wrapping_add(high << 8), "{}", S::NAME);
         }
     }
 

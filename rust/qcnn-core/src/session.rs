@@ -1,19 +1,20 @@
 //! Running a network: everything is planned once, then runs without
 //! allocating.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use crate::error::{Error, Result, bail_shape};
 use crate::geometry::MAX_ELEMENTS;
 use crate::graph::{Geometry, Network, Node, Op, PqGeometry};
 use crate::isa::{Isa, Level};
-use crate::kernels::{ConvLayer, FcLayer, Kernel, Weights, conv_kernels, fc_kernels};
+use crate::kernels::{ConvLayer, FcLayer, Grid, Kernel, Levels, Weights, conv_kernels, fc_kernels};
 use crate::memory::Buffer;
 use crate::ops::activation::Activation;
 use crate::ops::elementwise::{self, Combination, Combine};
 use crate::ops::lrn::Lrn;
 use crate::ops::norm::BatchNorm;
 use crate::ops::pool::{self, Pool, Reduction};
+use crate::ops::quantize::LinearQuantizer;
 use crate::ops::rearrange::Rearrange;
 use crate::ops::softmax;
 use crate::precision::Precision;
@@ -184,7 +185,7 @@ impl Session {
         };
         let level = isa.level().expect("the level was just checked");
         let graph = network.graph();
-        let signs = sign_values(network);
+        let levels = known_levels(network);
         // Unpacked codes of one layer at a time.
         let mut codes = Vec::new();
         let actions = graph
@@ -192,9 +193,9 @@ impl Session {
             .iter()
             .zip(&network.layout().geometries)
             .map(|(node, geometry)| {
-                let sign_input = signs.contains(node.inputs[0].as_str());
+                let input = *levels.get(&*node.inputs[0]).unwrap_or(&Levels::Any);
                 let options = (isa, options.precision);
-                plan_action(network, node, geometry, sign_input, options, &mut codes)
+                plan_action(network, node, geometry, input, options, &mut codes)
             })
             .collect::<Result<Vec<_>>>()?;
         let plan = BufferPlan::new(network, &actions);
@@ -430,38 +431,54 @@ impl Session {
     }
 }
 
-/// Values that hold nothing but 1 and -1, or NaN.
-fn sign_values(network: &Network) -> HashSet<&str> {
-    let mut signs = HashSet::new();
+/// What is known of values.
+fn known_levels(network: &Network) -> HashMap<&str, Levels> {
+    let mut known: HashMap<&str, Levels> = HashMap::new();
     for node in &network.graph().nodes {
-        let keeps = match node.op {
-            Op::Sign {} => true,
+        let mut inputs = node.inputs.iter().map(|name| known.get(&**name).copied());
+        let first = inputs.next().flatten();
+        let levels = match node.op {
+            Op::Sign {} => Some(Levels::Signs),
+            Op::QuantizeLinear { bits, low, high } => grid(bits, low, high),
             Op::Flatten {}
             | Op::Reshape { .. }
             | Op::Dropout { .. }
             | Op::MaxPool { .. }
             | Op::GlobalMaxPool {}
             | Op::Slice { .. }
-            | Op::Transpose { .. }
-            | Op::Mul {}
-            | Op::Concat {} => node.inputs.iter().all(|i| signs.contains(i.as_str())),
-            _ => false,
+            | Op::Transpose { .. } => first,
+            // 0 is one of the levels of a grid.
+            Op::Relu {} => first.filter(|levels| *levels != Levels::Signs),
+            Op::Mul {} => first.filter(|levels| *levels == Levels::Signs),
+            Op::Concat {} => first,
+            _ => None,
         };
-        if keeps {
-            signs.insert(node.name.as_str());
+        if let Some(levels) = levels.filter(|_| inputs.all(|input| input == first)) {
+            known.insert(&node.name, levels);
         }
     }
-    signs
+    known
 }
 
-/// Choose the action of `node` and pack its weights. `sign_input` is that of
-/// [`Weights::Binary`]; `codes` may hold anything.
+/// The levels of a linear quantiser, if there are few enough and 0 is one of them.
+fn grid(bits: u32, low: f32, high: f32) -> Option<Levels> {
+    let quantizer = LinearQuantizer::new("node", bits, low, high).ok()?;
+    let (step, zero) = (quantizer.step(), (-low / quantizer.step()).round());
+    // Or the least and the greatest lie between two levels.
+    let exact = (zero * step + low).abs() <= 1e-5 * step;
+    let fits = bits <= 8 && (0.0..=255.0).contains(&zero) && exact;
+    let zero = zero as i32;
+    fits.then_some(Levels::Grid(Grid { step, zero }))
+}
+
+/// Choose the action of `node`, given what is known of its first input, and pack its
+/// weights. `codes` may hold anything.
 #[expect(clippy::too_many_lines, reason = "one arm per operation")]
 fn plan_action(
     network: &Network,
     node: &Node,
     geometry: &Geometry,
-    sign_input: bool,
+    input: Levels,
     (isa, precision): (Isa, Precision),
     codes: &mut Vec<u16>,
 ) -> Result<Action> {
@@ -472,7 +489,7 @@ fn plan_action(
     let signs = network.signs(&node.name);
     let weights = |pq: &Option<PqGeometry>| match *pq {
         None => match &signs {
-            Some(signs) => Weights::Binary { signs, sign_input },
+            Some(signs) => Weights::Binary { signs, input },
             None => Weights::Dense(parameter("weight").expect("checked by Network::new")),
         },
         Some(geometry) => Weights::ProductQuantized {

@@ -14,9 +14,9 @@ use std::arch::x86_64::{
     _mm256_permute4x64_pd, _mm256_permutevar8x32_epi32, _mm256_permutevar8x32_ps, _mm256_rsqrt_ps,
     _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi32,
     _mm256_setzero_si256, _mm256_shuffle_epi8, _mm256_shuffle_ps, _mm256_slli_epi16,
-    _mm256_slli_epi32, _mm256_srai_epi32, _mm256_srl_epi16, _mm256_srl_epi32, _mm256_srli_epi32,
-    _mm256_storeu_ps, _mm256_storeu_si256, _mm256_unpackhi_epi32, _mm256_unpacklo_epi32,
-    _mm256_xor_si256,
+    _mm256_slli_epi32, _mm256_sllv_epi32, _mm256_srai_epi16, _mm256_srai_epi32, _mm256_srl_epi16,
+    _mm256_srl_epi32, _mm256_srli_epi16, _mm256_srli_epi32, _mm256_srlv_epi32, _mm256_storeu_ps,
+    _mm256_storeu_si256, _mm256_unpackhi_epi32, _mm256_unpacklo_epi32, _mm256_xor_si256,
 };
 
 use super::{Simd, Task};
@@ -32,6 +32,7 @@ impl Simd for Avx2 {
     const LOOK_UP_CYCLES: [f64; 3] = [2.9, 4.7, 8.6];
     const BYTE_LOOK_UP_CYCLES: [f64; 2] = [5.0, 8.0];
     const LOOK_UP_F32_CYCLES: [f64; 3] = [2.0, 3.8, 7.5];
+    const DOT_BYTES_CYCLES: f64 = 3.0;
     const COUNT_CYCLES: f64 = 2.5;
     // Bytes of counts stay below 2^7.
     const COUNTED_WORDS: usize = 15;
@@ -304,6 +305,35 @@ impl Simd for Avx2 {
     fn upper_halves(self, even: __m256i, odd: __m256i) -> __m256i {
         // SAFETY: `self` proves AVX2.
         unsafe { _mm256_blend_epi16::<ODD_LANES>(_mm256_srli_epi32::<16>(even), odd) }
+    }
+
+    #[inline(always)]
+    fn shifted_halves(self, even: __m256i, right: __m256i, odd: __m256i, left: __m256i) -> __m256i {
+        // SAFETY: `self` proves AVX2.
+        unsafe {
+            let even = _mm256_srlv_epi32(even, right);
+            _mm256_blend_epi16::<ODD_LANES>(even, _mm256_sllv_epi32(odd, left))
+        }
+    }
+
+    #[inline(always)]
+    fn join_bytes(self, low: __m256i, high: __m256i) -> __m256i {
+        // SAFETY: `self` proves AVX2.
+        unsafe { _mm256_add_epi16(low, _mm256_slli_epi16::<8>(high)) }
+    }
+
+    #[inline(always)]
+    fn dot_bytes(self, a: __m256i, weights: i32, c: __m256i) -> __m256i {
+        // SAFETY: `self` proves AVX2.
+        unsafe {
+            let weights = _mm256_set1_epi32(weights);
+            // Products of bytes would saturate in pairs: they are widened.
+            let low = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(weights));
+            let high = _mm256_srai_epi16::<8>(weights);
+            let low = _mm256_madd_epi16(_mm256_and_si256(a, _mm256_set1_epi16(255)), low);
+            let high = _mm256_madd_epi16(_mm256_srli_epi16::<8>(a), high);
+            _mm256_add_epi32(c, _mm256_add_epi32(low, high))
+        }
     }
 
     #[inline(always)]

@@ -16,9 +16,10 @@ use std::arch::x86_64::{
     _mm512_permutexvar_epi32, _mm512_permutexvar_ps, _mm512_popcnt_epi32, _mm512_rsqrt14_ps,
     _mm512_set1_epi8, _mm512_set1_epi16, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setr_epi32,
     _mm512_setzero_ps, _mm512_setzero_si512, _mm512_shuffle_epi8, _mm512_shuffle_f32x4,
-    _mm512_shuffle_ps, _mm512_slli_epi16, _mm512_slli_epi32, _mm512_srai_epi32, _mm512_srli_epi16,
-    _mm512_srli_epi32, _mm512_storeu_ps, _mm512_storeu_si512, _mm512_test_epi32_mask,
-    _mm512_unpackhi_ps, _mm512_unpacklo_ps, _mm512_xor_si512,
+    _mm512_shuffle_ps, _mm512_slli_epi16, _mm512_slli_epi32, _mm512_sllv_epi32, _mm512_srai_epi16,
+    _mm512_srai_epi32, _mm512_srli_epi16, _mm512_srli_epi32, _mm512_srlv_epi32, _mm512_storeu_ps,
+    _mm512_storeu_si512, _mm512_test_epi32_mask, _mm512_unpackhi_ps, _mm512_unpacklo_ps,
+    _mm512_xor_si512,
 };
 
 use super::{Simd, Task};
@@ -42,6 +43,7 @@ impl<const VNNI: bool, const VBMI: bool> Simd for Avx512<VNNI, VBMI> {
     const LOOK_UP_CYCLES: [f64; 3] = [2.0, 2.0, 2.2];
     const BYTE_LOOK_UP_CYCLES: [f64; 2] = if VBMI { [1.35, 2.1] } else { [5.0, 14.0] };
     const LOOK_UP_F32_CYCLES: [f64; 3] = [2.5, 2.7, 3.6];
+    const DOT_BYTES_CYCLES: f64 = if VNNI { 1.0 } else { 3.0 };
     const COUNT_CYCLES: f64 = if VBMI { 1.6 } else { 5.0 };
     // Bytes of counts stay below 2^7.
     const COUNTED_WORDS: usize = if VBMI { usize::MAX } else { 15 };
@@ -337,6 +339,38 @@ impl<const VNNI: bool, const VBMI: bool> Simd for Avx512<VNNI, VBMI> {
     fn upper_halves(self, even: __m512i, odd: __m512i) -> __m512i {
         // SAFETY: `self` proves AVX-512 BW.
         unsafe { _mm512_mask_blend_epi16(ODD_LANES, _mm512_srli_epi32::<16>(even), odd) }
+    }
+
+    #[inline(always)]
+    fn shifted_halves(self, even: __m512i, right: __m512i, odd: __m512i, left: __m512i) -> __m512i {
+        // SAFETY: `self` proves AVX-512 BW.
+        unsafe {
+            let even = _mm512_srlv_epi32(even, right);
+            _mm512_mask_blend_epi16(ODD_LANES, even, _mm512_sllv_epi32(odd, left))
+        }
+    }
+
+    #[inline(always)]
+    fn join_bytes(self, low: __m512i, high: __m512i) -> __m512i {
+        // SAFETY: `self` proves AVX-512 BW.
+        unsafe { _mm512_add_epi16(low, _mm512_slli_epi16::<8>(high)) }
+    }
+
+    #[inline(always)]
+    fn dot_bytes(self, a: __m512i, weights: i32, c: __m512i) -> __m512i {
+        // SAFETY: `self` proves AVX-512 BW, and VNNI where it is used.
+        unsafe {
+            let weights = _mm512_set1_epi32(weights);
+            if VNNI {
+                return _mm512_dpbusd_epi32(c, a, weights);
+            }
+            // Products of bytes would saturate in pairs: they are widened.
+            let low = _mm512_srai_epi16::<8>(_mm512_slli_epi16::<8>(weights));
+            let high = _mm512_srai_epi16::<8>(weights);
+            let low = _mm512_madd_epi16(_mm512_and_si512(a, _mm512_set1_epi16(255)), low);
+            let high = _mm512_madd_epi16(_mm512_srli_epi16::<8>(a), high);
+            _mm512_add_epi32(c, _mm512_add_epi32(low, high))
+        }
     }
 
     #[inline(always)]

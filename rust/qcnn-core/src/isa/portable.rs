@@ -17,6 +17,7 @@ impl<const N: usize> Simd for Portable<N> {
     const LOOK_UP_CYCLES: [f64; 3] = [12.0 * N as f64; 3];
     const BYTE_LOOK_UP_CYCLES: [f64; 2] = [12.0 * N as f64; 2];
     const LOOK_UP_F32_CYCLES: [f64; 3] = [6.0 * N as f64; 3];
+    const DOT_BYTES_CYCLES: f64 = 3.0;
     const COUNT_CYCLES: f64 = 4.5;
     const COUNTED_WORDS: usize = usize::MAX;
     type F32 = [f32; N];
@@ -252,6 +253,46 @@ impl<const N: usize> Simd for Portable<N> {
                 let lane = half * N + i;
                 ([even, odd][lane % 2][lane / 2] >> 16) as i16
             })
+        })
+    }
+
+    #[inline(always)]
+    fn shifted_halves(
+        self,
+        even: [i32; N],
+        right: [i32; N],
+        odd: [i32; N],
+        left: [i32; N],
+    ) -> [[i16; N]; 2] {
+        std::array::from_fn(|half| {
+            std::array::from_fn(|i| {
+                let lane = half * N + i;
+                let i = lane / 2;
+                if lane % 2 == 0 {
+                    (even[i] >> right[i]) as i16
+                } else {
+                    ((odd[i] << left[i]) >> 16) as i16
+                }
+            })
+        })
+    }
+
+    #[inline(always)]
+    fn join_bytes(self, low: [[i16; N]; 2], high: [[i16; N]; 2]) -> [[i16; N]; 2] {
+        std::array::from_fn(|half| {
+            std::array::from_fn(|i| low[half][i].wrapping_add(high[half][i] << 8))
+        })
+    }
+
+    #[inline(always)]
+    fn dot_bytes(self, a: [[i16; N]; 2], weights: i32, c: [i32; N]) -> [i32; N] {
+        let a = a.as_flattened();
+        let weights = weights.to_le_bytes().map(u8::cast_signed);
+        std::array::from_fn(|i| {
+            let [low, high] = [a[2 * i].to_le_bytes(), a[2 * i + 1].to_le_bytes()];
+            let bytes = [low[0], low[1], high[0], high[1]].into_iter().zip(weights);
+            let products = bytes.map(|(a, weight)| i32::from(a) * i32::from(weight));
+            products.fold(c[i], i32::wrapping_add)
         })
     }
 

@@ -12,7 +12,8 @@
 
 mod channels;
 mod entry;
-mod gemm16;
+mod factors;
+mod gemm;
 mod permute;
 mod pixels;
 pub(crate) mod planes;
@@ -34,10 +35,11 @@ use crate::ops::norm::BatchNorm;
 use crate::pack::Codes;
 use crate::precision::Precision;
 use channels::ChannelsConv;
-use gemm16::Gemm16Conv;
+use factors::{Bytes, Words};
+use gemm::IntegerGemmConv;
 use permute::PermuteFc;
 use pixels::PixelsConv;
-use rows::{Float, RowsConv, Short};
+use rows::{ByteCodebook, Float, RowsConv, Short, WordCodebook};
 use words::WordsFc;
 use xnor::{XnorConv, XnorFc};
 
@@ -83,6 +85,26 @@ pub trait Kernel: Debug + Send + Sync {
     }
 }
 
+/// Numbers that a value is known to be made of, besides NaN.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Levels {
+    /// Any.
+    Any,
+    /// 1 and -1.
+    Signs,
+    /// Evenly spaced ones.
+    Grid(Grid),
+}
+
+/// At most 256 evenly spaced numbers, of which one is 0.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Grid {
+    /// The distance between neighbours.
+    pub step: f32,
+    /// How many are less than 0, at most 255.
+    pub zero: i32,
+}
+
 /// Weights of a layer as the network stores them.
 #[derive(Clone, Copy, Debug)]
 pub enum Weights<'a, C = &'a [u16]> {
@@ -92,8 +114,8 @@ pub enum Weights<'a, C = &'a [u16]> {
     Binary {
         /// In the order of dense weights.
         signs: &'a [i8],
-        /// Whether the layer's input, too, is nothing but 1 and -1, or NaN.
-        sign_input: bool,
+        /// What is known of the layer's input.
+        input: Levels,
     },
     /// Codebooks and codes.
     ProductQuantized {
@@ -114,7 +136,7 @@ impl<'a> Weights<'a, Codes<'a>> {
     {
         match self {
             Self::Dense(weight) => Weights::Dense(weight),
-            Self::Binary { signs, sign_input } => Weights::Binary { signs, sign_input },
+            Self::Binary { signs, input } => Weights::Binary { signs, input },
             Self::ProductQuantized {
                 geometry,
                 codebooks,
@@ -255,16 +277,21 @@ fn conv_kernels_of<'a, S: Simd>(
     simd: S,
     precision: Precision,
 ) -> Vec<Candidate<'a>> {
-    let int8 = [ChannelsConv::candidate(simd, layer)];
+    let int8 = [
+        ChannelsConv::candidate(simd, layer),
+        RowsConv::<_, Short<ByteCodebook>>::candidate(simd, layer),
+        IntegerGemmConv::<_, Bytes>::candidate(simd, layer),
+    ];
     let fast = [
-        RowsConv::<_, Short>::candidate(simd, layer),
-        Gemm16Conv::candidate(simd, layer),
+        RowsConv::<_, Short<WordCodebook>>::candidate(simd, layer),
+        IntegerGemmConv::<_, Words>::candidate(simd, layer),
     ];
     let exact = [
         RowsConv::<_, Float<1>>::candidate(simd, layer),
         RowsConv::<_, Float<2>>::candidate(simd, layer),
         PixelsConv::candidate(simd, layer),
         XnorConv::candidate(simd, layer),
+        IntegerGemmConv::<_, Bytes>::exact(simd, layer),
         DirectConv::candidate(simd, layer),
         Some(GemmConv::candidate(simd, layer)),
     ];

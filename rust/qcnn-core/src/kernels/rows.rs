@@ -18,14 +18,17 @@
 //!   were more channels. Their subspaces share the codebooks.
 //!
 //! Tables hold [`Float`] or [`Short`] numbers: see there how 16 bits are kept from
-//! overflowing.
+//! overflowing. Those are built from integers of 16 bits ([`WordCodebook`]) or of 8
+//! ([`ByteCodebook`]).
 
 // As in `tile`: index loops keep the sums in registers.
 #![allow(clippy::needless_range_loop)]
 
+mod byte;
 mod float;
 mod layout;
 mod short;
+mod word;
 
 use std::fmt::Debug;
 use std::ops::Range;
@@ -35,12 +38,14 @@ use super::{Candidate, ConvLayer, Kernel, Weights, vector_cycles};
 use crate::geometry::ConvGeometry;
 use crate::graph::PqGeometry;
 use crate::isa::{Simd, Task};
+pub(super) use byte::ByteCodebook;
 pub(super) use float::Float;
 use layout::{
     Batch, Cut, LINE_BYTES, Layout, MAX_COLUMNS, OFFSET_BYTES, Phase, Row, Runs, batches,
     most_plane_vectors,
 };
 pub(super) use short::Short;
+pub(super) use word::WordCodebook;
 
 /// float32 values of a cache line.
 const LINE: usize = LINE_BYTES / size_of::<f32>();
@@ -84,7 +89,7 @@ pub(super) trait Cell: Debug + Send + Sync + Sized + 'static {
 
     /// Vector operations that a vector of a table takes, for sub-vectors of `dim`
     /// channels.
-    fn table_cycles(dim: usize) -> f64;
+    fn table_cycles<S: Simd>(dim: usize) -> f64;
 
     /// Pack codebooks `(sets, M, K, C')`.
     fn new<S: Simd>(layout: &Layout, codebooks: &[f32], codes: &[u16]) -> Self;
@@ -93,14 +98,14 @@ pub(super) trait Cell: Debug + Send + Sync + Sized + 'static {
     /// [`build`](Self::build).
     fn scratch_len(layout: &Layout) -> usize;
 
-    /// Look at a tile of a group. Gives each batch's scale, as [`Scale::read`] reads
-    /// it, and returns what 1 in the accumulators stands for.
+    /// Look at a tile of a group. Gives each batch's scale, and returns what 1 in the
+    /// accumulators stands for.
     fn inspect<S: Simd>(
         &self,
         simd: S,
         inputs: &Inputs<'_>,
         group: usize,
-        scales: &mut [f32],
+        scales: &mut [Scale],
         scratch: &mut [f32],
     ) -> f32;
 
@@ -158,22 +163,23 @@ pub(super) trait Cell: Debug + Send + Sync + Sized + 'static {
 
 /// The scale of a batch.
 #[derive(Clone, Copy, Debug)]
+#[repr(C)]
 pub(super) struct Scale {
     /// From responses to sums.
     factor: f32,
     /// From sums to what is accumulated.
     weight: i32,
+    /// What integers of inputs are raised by.
+    zero: i32,
+    /// How far products of integers are shifted right.
+    shift: i32,
 }
 
-impl Scale {
-    /// Of batch `i`.
-    fn read(scales: &[f32], i: usize) -> Self {
-        Self {
-            factor: scales[2 * i],
-            weight: scales[2 * i + 1] as i32,
-        }
-    }
-}
+// SAFETY: all fields are numbers of 32 bits, one behind the other, and may be 0.
+unsafe impl bytemuck::Zeroable for Scale {}
+
+// SAFETY: as above, and any bits are a number.
+unsafe impl bytemuck::Pod for Scale {}
 
 /// What a tile sees of one group of one image.
 #[derive(Clone, Copy, Debug)]
@@ -365,7 +371,7 @@ fn cost<S: Simd, C: Cell>(
         let plane_vectors = (cut.rows + phase.rows.last().copied().unwrap_or(0)) as f64;
         // Reading the input, twice; multiplying.
         let reads = cut.parts.max(C::HALVES) as f64 * 12.0 * dim as f64;
-        let table = table_rows as f64 * vector * C::table_cycles(dim);
+        let table = table_rows as f64 * vector * C::table_cycles::<S>(dim);
         cycles += sources * plane_vectors * (reads + table);
         let columns = phase.columns.len() as f64;
         let n_terms = sources * pass.rows.len() as f64 * columns;
@@ -459,7 +465,7 @@ impl<S: Simd, C: Cell> RowsConv<S, C> {
         };
         [
             phases,
-            2 * layout.batches.len(),
+            size_of::<Scale>() / size_of::<f32>() * layout.batches.len(),
             C::scratch_len(layout),
             layout.most_sources() * layout.table_len() / elements,
             sums / elements,
@@ -565,6 +571,7 @@ impl<S: Simd, C: Cell> RowsConv<S, C> {
     ) {
         let [_, scales_len, cells_len, tables_len, partial_len, sums_len] = self.scratch_parts();
         let (scales, rest) = scratch.split_at_mut(scales_len);
+        let scales: &mut [Scale] = bytemuck::cast_slice_mut(scales);
         let (cells, rest) = rest.split_at_mut(cells_len);
         let (tables, rest) = rest.split_at_mut(tables_len);
         let (partial, rest) = rest.split_at_mut(partial_len);
@@ -584,7 +591,7 @@ impl<S: Simd, C: Cell> RowsConv<S, C> {
         });
         let mut offsets = &self.offsets[self.offsets.len() / layout.geometry.groups * group..];
         for (b, batch) in layout.batches.iter().enumerate() {
-            let scale = Scale::read(scales, b);
+            let scale = scales[b];
             for pass in &batch.passes {
                 let built = tables.chunks_exact_mut(layout.table_len());
                 for (source, table) in pass.sources.clone().zip(built) {
@@ -679,7 +686,7 @@ struct Inspect<'a, S, C> {
     kernel: &'a RowsConv<S, C>,
     group: usize,
     inputs: &'a Inputs<'a>,
-    scales: &'a mut [f32],
+    scales: &'a mut [Scale],
     scratch: &'a mut [f32],
 }
 
@@ -912,6 +919,103 @@ impl<K, C: Cell> Task for Write<'_, K, C> {
                         }
                     }
                 }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::graph::CodebookBits;
+    use crate::isa::{Isa, Portable};
+
+    /// The responses of a kernel with a given layout, on levels that have its vectors.
+    struct Run<'a> {
+        layout: &'a Layout,
+        codebooks: &'a [f32],
+        codes: &'a [u16],
+        input: &'a [f32],
+    }
+
+    impl Task for Run<'_> {
+        type Output = Option<Vec<f32>>;
+
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) -> Option<Vec<f32>> {
+            type Kernel<S> = RowsConv<S, Short<ByteCodebook>>;
+            if lanes::<S, Short<ByteCodebook>>() != self.layout.lanes {
+                return None;
+            }
+            let layout = self.layout.clone();
+            let g = layout.geometry.clone();
+            let kernel = Kernel::new(simd, None, layout, self.codebooks, self.codes);
+            let mut output = vec![f32::NAN; g.out_channels * g.out_pixels()];
+            let mut scratch = vec![f32::NAN; kernel.scratch_len(1)];
+            kernel.run(1, self.input, &mut output, &mut scratch);
+            Some(output)
+        }
+    }
+
+    fn check<const N: usize>(geometry: &ConvGeometry, n_centroids: usize, subvector_dim: usize) {
+        let pq = PqGeometry {
+            n_subspaces: geometry.group_in_channels().div_ceil(subvector_dim),
+            n_centroids,
+            subvector_dim,
+            codebook_groups: 1,
+            codebook_bits: CodebookBits::Float32,
+        };
+        // Numbers of all sizes, some of them negative.
+        let number = |i: usize| ((i * 7919 % 2003) as f32 / 1001.0 - 0.7).powi(3);
+        let codebooks: Vec<f32> = (0..pq.n_subspaces * n_centroids * subvector_dim)
+            .map(|i| number(i) * [1.0, 0.1, 0.003][i / subvector_dim % 3])
+            .collect();
+        let n_codes = geometry.out_channels * geometry.taps() * pq.n_subspaces;
+        let codes: Vec<u16> = (0..n_codes)
+            .map(|i| (i * 31 % n_centroids) as u16)
+            .collect();
+        let input: Vec<f32> = (0..geometry.in_channels * geometry.in_pixels())
+            .map(|i| number(i * 3))
+            .collect();
+        let chosen = choose_layout::<Portable<N>, Short<ByteCodebook>>(geometry, pq);
+        let (mut layout, _) = chosen.unwrap();
+        // In whole panels of any level.
+        layout.table_rows = n_centroids.next_multiple_of(8);
+        let run = Run {
+            layout: &layout,
+            codebooks: &codebooks,
+            codes: &codes,
+            input: &input,
+        };
+        let expected = run.run(Portable::<N>::new().unwrap()).unwrap();
+        assert!(expected.iter().all(|y| y.is_finite()));
+        for isa in Isa::available() {
+            let run = Run {
+                layout: &layout,
+                codebooks: &codebooks,
+                codes: &codes,
+                input: &input,
+            };
+            if let Some(output) = isa.level().unwrap().call(run) {
+                assert_eq!(output, expected, "{isa} {geometry:?} {pq:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn products_of_bytes_have_the_same_bits_on_all_levels() {
+        for (input, outputs, kernel, stride, groups) in [
+            ([12, 13, 14], 10, [3, 3], [1, 1], 1),
+            ([6, 27, 27], 6, [5, 5], [1, 1], 2),
+            ([5, 9, 40], 7, [7, 7], [2, 1], 1),
+            ([130, 3, 5], 3, [1, 2], [1, 1], 1),
+        ] {
+            let geometry =
+                ConvGeometry::new("x", input, outputs, kernel, stride, [1, 1], [1; 4], groups);
+            let geometry = geometry.unwrap();
+            for (n_centroids, dim) in [(1, 1), (9, 3), (16, 4), (128, 8), (5, 130)] {
+                check::<8>(&geometry, n_centroids, dim);
+                check::<16>(&geometry, n_centroids, dim);
             }
         }
     }

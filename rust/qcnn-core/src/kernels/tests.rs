@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::entry::Entry;
-use super::{Candidate, ConvLayer, FcLayer, Kernel, Weights, channels, scalar};
+use super::{Candidate, ConvLayer, FcLayer, Grid, Kernel, Levels, Weights, channels, scalar};
 use super::{conv_kernels, conv_kernels_of, fc_kernels, fc_kernels_of};
 use crate::geometry::ConvGeometry;
 use crate::graph::{CodebookBits, PqGeometry};
@@ -140,6 +140,8 @@ struct Expected {
     tolerances: Vec<f32>,
     /// What 8-bit tables may add to that.
     byte_tolerances: Vec<f32>,
+    /// What inputs and weights of 8 bits may.
+    factor_tolerances: Vec<f32>,
 }
 
 impl Expected {
@@ -164,6 +166,7 @@ impl Expected {
             tolerances: magnitudes.iter().map(|m| m * factor).collect(),
             magnitudes,
             byte_tolerances: Vec::new(),
+            factor_tolerances: Vec::new(),
         }
     }
 
@@ -176,13 +179,19 @@ impl Expected {
         kernel.run(n, input, &mut output, &mut scratch);
         // The scale of 16-bit kernels follows the greatest values of an image.
         let reduced = kernel.name().contains("-i16-");
+        let of_image = |i: usize| {
+            let len = output.len() / n;
+            let image = &self.magnitudes[i / len * len..][..len];
+            2e-3 * image.iter().fold(0.0, |a: f32, b| a.max(*b))
+        };
         let tolerance = |i: usize| {
-            if kernel.name().contains("-i8-") {
+            if kernel.name().ends_with("-i8-channels") {
                 self.tolerances[i] + self.byte_tolerances[i]
+            } else if kernel.name().contains("-i8-") {
+                // The scale of 16-bit sums goes in powers of two.
+                2.0 * of_image(i) + self.factor_tolerances[i]
             } else if reduced {
-                let len = output.len() / n;
-                let image = &self.magnitudes[i / len * len..][..len];
-                2e-3 * image.iter().fold(0.0, |a: f32, b| a.max(*b))
+                of_image(i)
             } else {
                 self.tolerances[i]
             }
@@ -349,6 +358,40 @@ fn byte_tolerances(layer: &ConvLayer<'_>, n: usize, input: &[f32]) -> Vec<f32> {
     sums
 }
 
+/// What rounding inputs and weights to 8 bits may do to each output, for weights and inputs
+/// whose magnitudes give `magnitudes`: half a step each, of the range of an image and of
+/// all weights.
+fn factor_tolerances(
+    layer: &ConvLayer<'_>,
+    n: usize,
+    input: &[f32],
+    magnitudes: &[f32],
+) -> Vec<f32> {
+    let peak = |values: &[f32]| values.iter().fold(0.0, |peak: f32, x| peak.max(x.abs()));
+    let raised = |values: &[f32], by: f32| -> Vec<f32> {
+        values.iter().map(|x| x.abs() + by * 1.001).collect()
+    };
+    let components = match layer.weights {
+        Weights::ProductQuantized { codebooks, .. } => codebooks,
+        _ => return Vec::new(),
+    };
+    let weights = raised(&layer.decode(), peak(components) / 254.0);
+    let images = input.chunks_exact(input.len() / n.max(1));
+    let input: Vec<f32> = images.flat_map(|x| raised(x, peak(x) / 254.0)).collect();
+    let mut sums = vec![0.0; magnitudes.len()];
+    let bias: Option<Vec<f32>> = layer
+        .bias
+        .map(|bias| bias.iter().map(|b| b.abs()).collect());
+    let raised = ConvLayer {
+        geometry: layer.geometry,
+        weights: Weights::Dense(&weights),
+        bias: bias.as_deref(),
+    };
+    scalar::conv(&raised, n, &input, &mut sums);
+    let pairs = sums.iter().zip(magnitudes);
+    pairs.map(|(sum, magnitude)| sum - magnitude).collect()
+}
+
 impl ConvCase {
     /// The geometry, unless the case is impossible.
     fn geometry(&self) -> Option<ConvGeometry> {
@@ -399,6 +442,8 @@ impl ConvCase {
             },
         );
         expected.byte_tolerances = byte_tolerances(&layer, self.n, &input);
+        expected.factor_tolerances =
+            factor_tolerances(&layer, self.n, &input, &expected.magnitudes);
         let failures: Vec<String> = all_conv_kernels(&layer)
             .iter()
             .filter_map(|kernel| expected.check(&*kernel.build(), self.n, &input).err())
@@ -880,13 +925,17 @@ fn fc_16_bit_special_inputs() {
     }
 }
 
-/// The responses of every kernel with 8-bit tables to one image.
-fn byte_responses(layer: &ConvLayer<'_>, input: &[f32]) -> Vec<(String, Vec<f32>)> {
+/// Ends of the names of kernels with 8-bit tables, inputs or weights.
+const BYTE_KERNELS: [&str; 3] = ["-i8-channels", "-i8-rows", "-i8-gemm"];
+
+/// The responses of every kernel whose name ends with `name` to one image, one for each
+/// level.
+fn byte_responses(layer: &ConvLayer<'_>, name: &str, input: &[f32]) -> Vec<(String, Vec<f32>)> {
     let g = layer.geometry;
     let kernels = all_conv_kernels(layer);
     let kernels = kernels.into_iter().map(|kernel| kernel.build());
     let responses: Vec<_> = kernels
-        .filter(|kernel| kernel.name().ends_with("-i8-channels"))
+        .filter(|kernel| kernel.name().ends_with(name))
         .map(|kernel| {
             let mut output = vec![f32::NAN; g.out_channels * g.out_pixels()];
             let mut scratch = vec![f32::NAN; kernel.scratch_len(1)];
@@ -939,19 +988,24 @@ fn conv_8_bit_errors_are_small_and_the_same_on_all_levels() {
                 let input: Vec<f32> = input.iter().map(|x| x * unit).collect();
                 let mut expected = vec![0.0; 40 * 99];
                 scalar::conv(&layer, 1, &input, &mut expected);
-                let responses = byte_responses(&layer, &input);
-                for (name, output) in &responses {
-                    let difference: Vec<f32> = output
-                        .iter()
-                        .zip(&expected)
-                        .map(|(y, expected)| y - expected)
-                        .collect();
-                    let relative = norm(&difference) / norm(&expected);
-                    assert!(
-                        relative < limit,
-                        "{name} {pq:?} {sparsity} {unit}: {relative}"
-                    );
-                    assert_eq!(*output, responses[0].1, "{name}");
+                for name in BYTE_KERNELS {
+                    let responses = byte_responses(&layer, name, &input);
+                    for (name, output) in &responses {
+                        let difference: Vec<f32> = output
+                            .iter()
+                            .zip(&expected)
+                            .map(|(y, expected)| y - expected)
+                            .collect();
+                        let relative = norm(&difference) / norm(&expected);
+                        assert!(
+                            relative < limit,
+                            "{name} {pq:?} {sparsity} {unit}: {relative}"
+                        );
+                        // Tiles, which have scales of their own, depend on the level.
+                        if !name.ends_with("-rows") {
+                            assert_eq!(*output, responses[0].1, "{name}");
+                        }
+                    }
                 }
             }
         }
@@ -963,19 +1017,27 @@ fn conv_8_bit_sums_do_not_overflow() {
     // One codeword, the greatest products at every pixel and tap.
     let geometry =
         ConvGeometry::new("x", [80, 5, 5], 3, [5, 5], [1, 1], [1, 1], [0; 4], 1).unwrap();
-    let mut parameters = gaussian_conv(&geometry, pq(1, 8));
-    for sign in [1.0, -1.0] {
-        parameters.floats.fill(sign);
-        let layer = ConvLayer {
-            geometry: &geometry,
-            weights: parameters.weights(),
-            bias: None,
-        };
-        let input = vec![1.0; 80 * 25];
-        for (name, output) in byte_responses(&layer, &input) {
-            for y in output {
-                let error = (y * sign - 2000.0).abs() / 2000.0;
-                assert!(error < 8e-3, "{name}: {y}");
+    for dim in [1, 8, 80] {
+        let mut parameters = gaussian_conv(&geometry, pq(1, dim));
+        for [weight, x] in [[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]] {
+            parameters.floats.fill(weight);
+            let layer = ConvLayer {
+                geometry: &geometry,
+                weights: parameters.weights(),
+                bias: None,
+            };
+            let input = vec![x; 80 * 25];
+            for name in BYTE_KERNELS {
+                // Tables of 8 bits are not for such sub-vectors.
+                if name == BYTE_KERNELS[0] && dim > 8 {
+                    continue;
+                }
+                for (name, output) in byte_responses(&layer, name, &input) {
+                    for y in output {
+                        let error = (y * weight * x - 2000.0).abs() / 2000.0;
+                        assert!(error < 8e-3, "{name} {dim}: {y}");
+                    }
+                }
             }
         }
     }
@@ -990,19 +1052,35 @@ fn conv_8_bit_special_inputs() {
         weights: parameters.weights(),
         bias: parameters.bias.as_deref(),
     };
-    let mut input = vec![0.0; 7 * 30];
-    for (name, output) in byte_responses(&layer, &input) {
-        let bias = parameters.bias.as_ref().unwrap();
-        for (channel, bias) in output.chunks_exact(geometry.out_pixels()).zip(bias) {
-            assert_eq!(channel, vec![*bias; channel.len()], "{name}");
+    for name in BYTE_KERNELS {
+        let mut input = vec![0.0; 7 * 30];
+        for (name, output) in byte_responses(&layer, name, &input) {
+            let bias = parameters.bias.as_ref().unwrap();
+            for (channel, bias) in output.chunks_exact(geometry.out_pixels()).zip(bias) {
+                assert_eq!(channel, vec![*bias; channel.len()], "{name}");
+            }
         }
-    }
-    input.fill(0.5);
-    for special in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-        input[123] = special;
-        for (name, output) in byte_responses(&layer, &input) {
-            let finite = output.iter().any(|y| y.is_finite());
-            assert!(!finite, "{name} {special}: {output:?}");
+        // One number that is much greater than all others leaves room for no others.
+        input.fill(0.5);
+        input[123] = 1e30;
+        let mut expected = vec![0.0; 5 * geometry.out_pixels()];
+        scalar::conv(&layer, 1, &input, &mut expected);
+        for (name, output) in byte_responses(&layer, name, &input) {
+            for (y, expected) in output.iter().zip(&expected) {
+                let error = (y - expected).abs();
+                assert!(error <= 1.5e28, "{name}: {y}, expected {expected}");
+            }
+        }
+        // What sees the number, in row 0 and column 3 of channel 4, has no response.
+        for special in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            input[123] = special;
+            for (name, output) in byte_responses(&layer, name, &input) {
+                for channel in output.chunks_exact(7 * 6) {
+                    for i in [3, 4, 9, 10] {
+                        assert!(!channel[i].is_finite(), "{name} {special}: {output:?}");
+                    }
+                }
+            }
         }
     }
 }
@@ -1181,7 +1259,7 @@ fn check_sign_conv(case: &ConvCase, seed: u64) -> Result<(), String> {
         geometry: &geometry,
         weights: Weights::Binary {
             signs: &signs,
-            sign_input: true,
+            input: Levels::Signs,
         },
         bias: bias.as_deref(),
     };
@@ -1274,7 +1352,7 @@ fn fully_connected_layers_that_count_bits() {
                     out_features,
                     weights: Weights::Binary {
                         signs: &signs,
-                        sign_input: true,
+                        input: Levels::Signs,
                     },
                     bias: (n != 2).then_some(&bias),
                 };
@@ -1298,18 +1376,77 @@ fn bits_are_counted_only_where_all_numbers_are_signs() {
     let geometry = ConvGeometry::new("case", [4, 3, 3], 2, [3; 2], [1; 2], [1; 2], [0; 4], 1);
     let geometry = geometry.unwrap();
     let signs = Random(1).signs(2 * 4 * 9);
-    for sign_input in [false, true] {
+    let grid = Levels::Grid(Grid { step: 1.0, zero: 0 });
+    for (input, special) in [
+        (Levels::Any, None),
+        (Levels::Signs, Some("-b1-xnor")),
+        (grid, Some("-i8-gemm")),
+    ] {
         let layer = ConvLayer {
             geometry: &geometry,
             weights: Weights::Binary {
                 signs: &signs,
-                sign_input,
+                input,
             },
             bias: None,
         };
-        for kernel in all_conv_kernels(&layer) {
-            let counts = kernel.build().name().ends_with("-b1-xnor");
-            assert!(sign_input || !counts);
+        let kernels = all_conv_kernels(&layer);
+        let kernels = kernels.iter().map(|kernel| kernel.build());
+        let names: Vec<_> = kernels.map(|kernel| kernel.name().to_owned()).collect();
+        for name in ["-b1-xnor", "-i8-gemm"] {
+            let found = names.iter().filter(|n| n.ends_with(name)).count();
+            let expected = if special == Some(name) {
+                Isa::available().len() + 1
+            } else {
+                0
+            };
+            assert_eq!(found, expected, "{input:?} {names:?}");
+        }
+    }
+}
+
+#[test]
+fn signs_times_a_grid_are_exact() {
+    let mut random = Random(8);
+    for (input, kernel, stride, groups) in [
+        ([3, 32, 32], [3, 3], [1, 1], 1),
+        ([3, 9, 30], [5, 4], [2, 3], 3),
+        ([1, 1, 1], [1, 1], [1, 1], 1),
+        ([130, 4, 5], [3, 3], [1, 1], 2),
+    ] {
+        let outputs = 30;
+        let geometry =
+            ConvGeometry::new("x", input, outputs, kernel, stride, [1, 1], [1; 4], groups).unwrap();
+        let weights = outputs * geometry.group_in_channels() * geometry.taps();
+        let signs = random.signs(weights);
+        for (step, zero, levels) in [
+            (1.0, 0, 256),
+            (0.01, 128, 256),
+            (3e-9, 255, 256),
+            (0.5, 1, 4),
+        ] {
+            let layer = ConvLayer {
+                geometry: &geometry,
+                weights: Weights::Binary {
+                    signs: &signs,
+                    input: Levels::Grid(Grid { step, zero }),
+                },
+                bias: None,
+            };
+            let n: usize = input.iter().product();
+            let integers: Vec<f32> = random
+                .codes(n, levels)
+                .into_iter()
+                .map(|code| f32::from(code) - zero as f32)
+                .collect();
+            let numbers: Vec<f32> = integers.iter().map(|x| x * step).collect();
+            // Sums of integers below 2^24 are exact in float32.
+            let mut expected = vec![0.0; outputs * geometry.out_pixels()];
+            scalar::conv(&layer, 1, &integers, &mut expected);
+            expected.iter_mut().for_each(|y| *y *= step);
+            for (name, output) in byte_responses(&layer, "-i8-gemm", &numbers) {
+                assert_eq!(output, expected, "{name} {step} {zero}");
+            }
         }
     }
 }

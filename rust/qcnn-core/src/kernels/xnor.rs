@@ -27,7 +27,7 @@ use std::array;
 
 use crate::geometry::ConvGeometry;
 use crate::isa::{MAX_LANES, Simd, Task};
-use crate::kernels::{Candidate, ConvLayer, FcLayer, Kernel, Weights};
+use crate::kernels::{Candidate, ConvLayer, FcLayer, Kernel, Levels, Weights};
 use crate::ops::norm::BatchNorm;
 
 /// Vectors of outputs in a tile.
@@ -62,7 +62,7 @@ fn signs_of<'a, C>(weights: &Weights<'a, C>) -> Option<&'a [i8]> {
     match *weights {
         Weights::Binary {
             signs,
-            sign_input: true,
+            input: Levels::Signs,
         } => Some(signs),
         _ => None,
     }

@@ -32,6 +32,11 @@ impl LinearQuantizer {
         Ok(Self { step, low, high })
     }
 
+    /// The distance between neighbouring levels.
+    pub fn step(self) -> f32 {
+        self.step
+    }
+
     /// The level of `x`.
     #[inline(always)]
     pub fn apply(self, x: f32) -> f32 {

@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 
 use qcnn_core::graph::{Content, Geometry, Node, Op, TensorSpec};
-use qcnn_core::kernels::{ConvLayer, FcLayer, Weights, scalar};
+use qcnn_core::kernels::{ConvLayer, FcLayer, Levels, Weights, scalar};
 use qcnn_core::{Graph, Network, Tensor, TensorData, Tensors};
 use serde_json::{Value, json};
 
@@ -156,7 +156,7 @@ fn interpret_node(
         None => match &signs {
             Some(signs) => Weights::Binary {
                 signs,
-                sign_input: false,
+                input: Levels::Any,
             },
             None => Weights::Dense(parameter("weight").unwrap()),
         },

@@ -37,7 +37,7 @@ impl<const W: usize> Cell for Float<W> {
         tile_rows::<S>()
     }
 
-    fn table_cycles(dim: usize) -> f64 {
+    fn table_cycles<S: Simd>(dim: usize) -> f64 {
         1.5 + dim as f64
     }
 
@@ -58,7 +58,7 @@ impl<const W: usize> Cell for Float<W> {
         _: S,
         _: &Inputs<'_>,
         _: usize,
-        _: &mut [f32],
+        _: &mut [Scale],
         _: &mut [f32],
     ) -> f32 {
         1.0

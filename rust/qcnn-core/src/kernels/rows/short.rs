@@ -1,28 +1,23 @@
 //! Tables of 16-bit integers: a vector holds twice as many values as of float32.
 //!
-//! Tables are built from 16-bit inputs and codewords as well: a multiplication
-//! then makes two products of every lane. Sums of a batch have 16 bits, those of
-//! all batches 32.
+//! Tables are built from integers, too: inputs and codewords of 16 bits, see
+//! [`word`](super::word), or of 8, see [`byte`](super::byte). A multiplication then makes
+//! two or four products of every lane. Sums of a batch have 16 bits, those of all batches
+//! 32.
 //!
 //! # Why nothing overflows
 //!
-//! The codewords of a subspace are stored as integers, `w * a`. A batch has a
-//! scale `s` for its terms, at most [`MAX_TERMS`](Cell::MAX_TERMS), in a tile of
-//! an image. The inputs become integers `x * s * 2^16 / a`, and table entries,
-//! products divided by 2^16, are `x * w * s`. By Cauchy and Schwarz, what output o
-//! adds at pixel p is at most `|x(p)| * |w(o)|`: the norms of all the input that p
+//! A batch has a scale `s` for its terms, at most [`MAX_TERMS`], in a tile of an image:
+//! table entries are `x * w * s`, made of integers and rounded. By Cauchy and Schwarz, what
+//! output o adds at pixel p is at most `|x(p)| * |w(o)|`: the norms of all the input that p
 //! sees in the terms of the batch, and of all codewords that o uses for them. With
 //!
 //! `bound = (max over p of |x(p)|) * (max over o of |w(o)|)`
 //!
-//! the sum is at most `s * bound`. Rounding table entries adds at most 1/2 per
-//! term. Rounding inputs adds at most `sqrt(C' * taps) / 2` to the norm of the
-//! integers that p sees, so `sqrt(C' * taps) / 2 * |w * a| / 2^16` to the sum,
-//! and `a` is such that `|w * a|` is at most 2^15: `sqrt(C') / 4` per term covers
-//! that. So with `s <= (32767 - MAX_TERMS * (1/2 + sqrt(C') / 4) - 1) / bound`
-//! every complete sum, and every table entry that a complete sum uses, has 16
-//! bits. Sums of some of the terms may wrap around, which does not change the
-//! complete ones. Inputs have 16 bits because `s` is made smaller if need be.
+//! the sum is at most `s * bound`. What rounding adds depends on the integers; their modules
+//! give the greatest scale with which every complete sum, and every table entry that a
+//! complete sum uses, has 16 bits. Sums of some of the terms may wrap around, which does not
+//! change the complete ones.
 //!
 //! Let `S_b` be the greatest such scale of batch b. With a common scale `c`, the
 //! batch gets the weight `w_b = ceil(c / S_b)` and the scale `s_b = c / w_b`, which
@@ -35,17 +30,18 @@
 // As in `tile`: index loops keep the sums in registers.
 #![allow(clippy::needless_range_loop)]
 
+use std::fmt::Debug;
 use std::ops::Range;
 
 use super::layout::{Batch, Layout};
 use super::{Cell, Inputs, Scale};
 use crate::isa::Simd;
-use crate::kernels::tile::pair;
+use crate::kernels::factors::{Factors, MAX_GROUP};
 
 /// Terms summed in 16 bits. Each term's rounding error is up to half a unit of a
 /// scale that shrinks with the number of terms: their effect on the response
 /// grows with it.
-const MAX_TERMS: usize = 36;
+pub(super) const MAX_TERMS: usize = 36;
 
 /// Sum of the weights of all batches, at most.
 const MAX_WEIGHTS: usize = (1 << 16) - 1;
@@ -60,31 +56,72 @@ const ROWS_AHEAD: usize = 3;
 /// Most lanes of a vector of 16-bit integers on any level.
 const MAX_LANES: usize = 32;
 
+/// Numbers for each row of a table that is built: see [`Codebook::prepare`].
+pub(in crate::kernels) type Prepared = [i32; 3];
+
 /// See the module's documentation.
 #[derive(Debug)]
-pub(in crate::kernels) struct Short {
-    codebooks: Vec<Codebook>,
+pub(in crate::kernels) struct Short<B> {
+    codebooks: Vec<B>,
     /// For each group and batch the greatest norm of the codewords of an output.
     norms: Vec<f32>,
 }
 
-/// The codewords of a subspace as 16-bit integers.
-#[derive(Clone, Debug)]
-struct Codebook {
-    /// What they were multiplied with.
-    scale: f32,
-    /// Panels of `panel_rows` codewords, each `(pairs of channels, panel_rows)`,
-    /// the first channel in the lower half.
-    pairs: Vec<i32>,
+/// The codewords of a subspace as integers.
+pub(in crate::kernels) trait Codebook:
+    Debug + Send + Sync + Sized + 'static
+{
+    /// How they are multiplied.
+    type Factors: Factors;
+
+    /// See [`Cell::table_cycles`].
+    fn table_cycles<S: Simd>(dim: usize) -> f64;
+
+    /// Make integers of all codebooks, `(sets, M, K, C')`, in panels of `panel_rows`
+    /// codewords.
+    fn all(layout: &Layout, panel_rows: usize, codebooks: &[f32], codes: &[u16]) -> Vec<Self>;
+
+    /// What codewords were multiplied with.
+    fn scale(&self) -> f32;
+
+    /// Panels of codewords, each `(groups of channels, panel_rows)`.
+    fn groups(&self) -> &[i32];
+
     /// The squared norm of each codeword, of the integers divided by the scale.
-    squares: Vec<f32>,
+    fn squares(&self) -> &[f32];
+
+    /// The greatest scale of a batch in a tile that sees `seen`, with codewords of at most
+    /// the norm `norm` and at least the scale `scale`; of length `dim`. The weight is left
+    /// open. The factor is NaN if the input is not finite.
+    fn limit(seen: &Seen, norm: f32, scale: f32, dim: usize) -> Scale;
+
+    /// What to multiply inputs with in a batch.
+    fn input_factor(&self, scale: Scale) -> f32;
+
+    /// Prepare [`start`](Self::start) and [`entries`](Self::entries) of all rows.
+    fn prepare(&self, scale: Scale, rows: &mut [Prepared]);
+
+    /// What sums of products start from.
+    fn start<S: Simd>(simd: S, row: &Prepared) -> S::I32;
+
+    /// Table entries, of sums of products in even and in odd lanes.
+    fn entries<S: Simd>(simd: S, row: &Prepared, sums: [S::I32; 2]) -> S::I16;
 }
 
-impl Cell for Short {
+/// What the terms of a batch see in a tile.
+#[derive(Debug)]
+pub(in crate::kernels) struct Seen {
+    /// The least and the greatest input, 0 included.
+    pub range: [f32; 2],
+    /// The greatest norm of all that an output sees, NaN if it sees one.
+    pub norm: f32,
+}
+
+impl<B: Codebook> Cell for Short<B> {
     type Element = i16;
     type Vector<S: Simd> = S::I16;
 
-    const NAME: &'static str = "i16";
+    const NAME: &'static str = B::Factors::NAME;
     const HALVES: usize = 2;
     const VECTORS: usize = 1;
     const MAX_TERMS: Option<usize> = Some(MAX_TERMS);
@@ -95,19 +132,12 @@ impl Cell for Short {
         if S::REGISTERS >= 32 { 8 } else { 4 }
     }
 
-    fn table_cycles(dim: usize) -> f64 {
-        0.7 + dim.next_multiple_of(2) as f64
+    fn table_cycles<S: Simd>(dim: usize) -> f64 {
+        B::table_cycles::<S>(dim)
     }
 
     fn new<S: Simd>(layout: &Layout, codebooks: &[f32], codes: &[u16]) -> Self {
-        let codebook_len = layout.pq.n_centroids * layout.pq.subvector_dim;
-        let codebooks: Vec<Codebook> = codebooks
-            .chunks_exact(codebook_len)
-            .enumerate()
-            .map(|(i, codewords)| {
-                Codebook::new(layout, i, codewords, Self::panel_rows::<S>(), codes)
-            })
-            .collect();
+        let codebooks = B::all(layout, Self::panel_rows::<S>(), codebooks, codes);
         let mut norms = Vec::new();
         for group in 0..layout.geometry.groups {
             for batch in &layout.batches {
@@ -116,7 +146,7 @@ impl Cell for Short {
                     for source in pass.sources.clone() {
                         let (phase, m) = layout.source(source);
                         let taps = phase.taps_of(&pass.rows);
-                        let of_codewords = &codebooks[layout.codebook(group, m)].squares;
+                        let of_codewords = codebooks[layout.codebook(group, m)].squares();
                         add_squares(layout, group, m, taps, of_codewords, codes, &mut squares);
                     }
                 }
@@ -131,8 +161,9 @@ impl Cell for Short {
     fn scratch_len(layout: &Layout) -> usize {
         let bounds = layout.cut.rows * layout.lanes;
         let squares = layout.most_plane_vectors() * layout.lanes;
-        let pairs = layout.pq.subvector_dim.div_ceil(2) * squares;
-        (bounds + squares).max(pairs)
+        let prepared = layout.table_rows * size_of::<Prepared>() / size_of::<f32>();
+        let groups = layout.pq.subvector_dim.div_ceil(B::Factors::GROUP) * squares;
+        (bounds + squares).max(prepared + groups)
     }
 
     #[inline(always)]
@@ -141,7 +172,7 @@ impl Cell for Short {
         simd: S,
         inputs: &Inputs<'_>,
         group: usize,
-        scales: &mut [f32],
+        scales: &mut [Scale],
         scratch: &mut [f32],
     ) -> f32 {
         let layout = inputs.layout;
@@ -150,23 +181,24 @@ impl Cell for Short {
         // Of 1 / S_b.
         let (mut sum, mut greatest) = (0.0f64, 0.0f64);
         let batches = layout.batches.iter().zip(norms.iter().copied());
-        for (batch, scale) in batches.zip(scales.chunks_exact_mut(2)) {
-            let limit = self.scale_of_batch(simd, inputs, group, batch, scratch);
-            scale[0] = limit;
-            let inverse = 1.0 / f64::from(limit);
+        for ((batch, norm), scale) in batches.zip(&mut *scales) {
+            let seen = see(simd, inputs, batch, scratch);
+            let least = self.least_scale(layout, group, batch);
+            *scale = B::limit(&seen, norm, least, layout.pq.subvector_dim);
+            let inverse = 1.0 / f64::from(scale.factor);
             sum += inverse;
             greatest = greatest.max(inverse);
         }
         let common = ((MAX_WEIGHTS - n_batches) as f64 / sum).min(32_766.0 / greatest);
         let valid = common.is_finite() && common > 0.0;
-        for scale in scales.chunks_exact_mut(2).take(n_batches) {
+        for scale in scales.iter_mut().take(n_batches) {
             let weight = if valid {
-                (common / f64::from(scale[0])).ceil().max(1.0)
+                (common / f64::from(scale.factor)).ceil().max(1.0)
             } else {
                 1.0
             };
-            scale[0] = if valid { (common / weight) as f32 } else { 0.0 };
-            scale[1] = weight as f32;
+            scale.factor = if valid { (common / weight) as f32 } else { 0.0 };
+            scale.weight = weight as i32;
         }
         if valid {
             (1.0 / common) as f32
@@ -187,17 +219,23 @@ impl Cell for Short {
     ) {
         let codebook = &self.codebooks[codebook];
         let layout = inputs.layout;
+        let prepared = layout.table_rows * size_of::<Prepared>() / size_of::<f32>();
+        let (rows, planes) = scratch.split_at_mut(prepared);
+        let rows: &mut [Prepared] = bytemuck::cast_slice_mut(rows);
+        codebook.prepare(scale, rows);
         let build = BuildTable {
-            codewords: &codebook.pairs,
+            codebook,
+            rows,
+            factor: codebook.input_factor(scale),
+            zero: scale.zero,
             vectors: layout.plane_vectors(layout.source(source).0),
-            planes: bytemuck::cast_slice_mut(scratch),
+            planes: bytemuck::cast_slice_mut(planes),
             table,
         };
-        let scale = scale.factor * 65_536.0 / codebook.scale;
         if Self::panel_rows::<S>() == 8 {
-            build.panels::<S, 8>(simd, inputs, source, scale);
+            build.panels::<S, 8>(simd, inputs, source);
         } else {
-            build.panels::<S, 4>(simd, inputs, source, scale);
+            build.panels::<S, 4>(simd, inputs, source);
         }
     }
 
@@ -269,152 +307,75 @@ impl Cell for Short {
     }
 }
 
-impl Short {
-    /// The greatest scale of a batch, see the module's documentation. It is NaN if
-    /// the input is not finite, or its squares are not.
-    #[inline(always)]
-    fn scale_of_batch<S: Simd>(
-        &self,
-        simd: S,
-        inputs: &Inputs<'_>,
-        group: usize,
-        (batch, norm): (&Batch, f32),
-        scratch: &mut [f32],
-    ) -> f32 {
-        let layout = inputs.layout;
-        let lanes = 2 * S::LANES;
-        // For each output the squared norm of all that it sees.
-        let (bounds, squares) = scratch.split_at_mut(layout.cut.rows * lanes);
-        bounds.fill(0.0);
-        let mut limit = f32::INFINITY;
-        for pass in &batch.passes {
-            let phase = &layout.phases[pass.phase];
-            let peak = sum_squares(simd, inputs, pass.sources.clone(), squares).sqrt();
-            for source in pass.sources.clone() {
-                let m = layout.source(source).1;
-                let scale = self.codebooks[layout.codebook(group, m)].scale;
-                // So that inputs have 16 bits, and the factor they are multiplied
-                // with is an ordinary number.
-                limit = limit.min((32_767.0 / peak).min(1e30) / 65_536.0 * scale);
-            }
-            for (y, bounds) in bounds.chunks_exact_mut(lanes).enumerate() {
-                // The taps of each column, then all columns.
-                let mut sums = [0.0f32; 2 * MAX_LANES];
-                for half in 0..2 {
-                    let mut sum = simd.splat(0.0);
-                    for &row in &phase.rows[pass.rows.clone()] {
-                        let squares = &squares[(y + row) * lanes + half * S::LANES..];
-                        sum = simd.add(sum, simd.load_first(&squares[..S::LANES]));
-                    }
-                    simd.store_first(&mut sums[half * S::LANES..][..S::LANES], sum);
-                }
-                for (half, bounds) in bounds.chunks_exact_mut(S::LANES).enumerate() {
-                    let mut bound = simd.load_first(bounds);
-                    for &column in &phase.columns {
-                        let sums = &sums[column + half * S::LANES..];
-                        bound = simd.add(bound, simd.load_first(&sums[..S::LANES]));
-                    }
-                    simd.store_first(bounds, bound);
-                }
-            }
-        }
-        // Of all rows, then of the lanes that are no halo.
-        let (first, others) = bounds.split_at_mut(lanes);
-        for bounds in others.chunks_exact(lanes) {
-            for half in 0..2 {
-                let half = half * S::LANES..(half + 1) * S::LANES;
-                let bound = simd.load_first(&bounds[half.clone()]);
-                let greatest = simd.max(simd.load_first(&first[half.clone()]), bound);
-                simd.store_first(&mut first[half], greatest);
-            }
-        }
-        let mut greatest = 0.0;
-        for part in first.chunks_exact(layout.cut.part_lanes) {
-            for &bound in &part[..layout.cut.width] {
-                greatest = greater(greatest, bound);
-            }
-        }
-        let bound = greatest.sqrt() * norm;
-        let rounding = 0.5 + 0.25 * (layout.pq.subvector_dim as f32).sqrt();
-        // By more than the rounding of the sums above; a smaller scale is always
-        // possible, and one that is not too large keeps all factors normal.
-        let scale = (32_766.0 - MAX_TERMS as f32 * rounding) / (bound * 1.0001);
-        if bound.is_finite() {
-            scale.min(limit).min(1e25)
-        } else {
-            f32::NAN
-        }
+impl<B: Codebook> Short<B> {
+    /// The least scale of the codebooks of a batch.
+    fn least_scale(&self, layout: &Layout, group: usize, batch: &Batch) -> f32 {
+        let sources = batch.passes.iter().flat_map(|pass| pass.sources.clone());
+        let codebooks = sources.map(|source| layout.codebook(group, layout.source(source).1));
+        let scales = codebooks.map(|codebook| self.codebooks[codebook].scale());
+        scales.fold(f32::INFINITY, f32::min)
     }
 }
 
-impl Codebook {
-    /// Make integers of the codewords of codebook `i`, `(K, C')`: as large as
-    /// possible such that all that an output uses have a norm of 2^15 at most.
-    fn new(layout: &Layout, i: usize, codewords: &[f32], panel_rows: usize, codes: &[u16]) -> Self {
-        let pq = layout.pq;
-        let dim = pq.subvector_dim;
-        let m = i % pq.n_subspaces;
-        let squares = |codewords: &[f32]| -> Vec<f32> {
-            let squares = codewords.chunks_exact(dim);
-            squares
-                .map(|codeword| codeword.iter().map(|c| c * c).sum())
-                .collect()
-        };
-        let all_taps: Vec<usize> = (0..layout.geometry.taps()).collect();
-        let floats = squares(codewords);
-        let norm = (0..layout.geometry.groups)
-            .filter(|&group| layout.codebook(group, m) == i)
-            .map(|group| {
-                let mut sums = vec![0.0; layout.geometry.group_out_channels()];
-                add_squares(layout, group, m, &all_taps, &floats, codes, &mut sums);
-                greatest_norm(&sums)
-            })
-            .fold(0.0, f32::max);
-        let peak = codewords.iter().fold(0.0f32, |peak, c| peak.max(c.abs()));
-        // Rounding adds to the norm; so that it stays below 2^15:
-        let rounding = 0.5 * ((all_taps.len() * dim) as f32).sqrt();
-        let scale = ((32_768.0 - rounding) / norm).min(32_767.0 / peak);
-        // Without any weights, or with none that the norm can be computed of.
-        let scale = if scale.is_finite() && scale > 0.0 {
-            scale
-        } else {
-            1.0
-        };
-        let rounded: Vec<f32> = codewords
-            .iter()
-            .map(|c| (c * scale).round_ties_even())
-            .collect();
-        let channel = |k: usize, j: usize| {
-            let exists = k < pq.n_centroids && j < dim;
-            if exists {
-                rounded[k * dim + j] as i16
-            } else {
-                0
+/// What a batch sees.
+#[inline(always)]
+fn see<S: Simd>(simd: S, inputs: &Inputs<'_>, batch: &Batch, scratch: &mut [f32]) -> Seen {
+    let layout = inputs.layout;
+    let lanes = 2 * S::LANES;
+    // For each output the squared norm of all that it sees.
+    let (bounds, squares) = scratch.split_at_mut(layout.cut.rows * lanes);
+    bounds.fill(0.0);
+    let mut range = [0.0f32; 2];
+    for pass in &batch.passes {
+        let phase = &layout.phases[pass.phase];
+        let [low, high] = sum_squares(simd, inputs, pass.sources.clone(), squares);
+        range = [range[0].min(low), range[1].max(high)];
+        for (y, bounds) in bounds.chunks_exact_mut(lanes).enumerate() {
+            // The taps of each column, then all columns.
+            let mut sums = [0.0f32; 2 * MAX_LANES];
+            for half in 0..2 {
+                let mut sum = simd.splat(0.0);
+                for &row in &phase.rows[pass.rows.clone()] {
+                    let squares = &squares[(y + row) * lanes + half * S::LANES..];
+                    sum = simd.add(sum, simd.load_first(&squares[..S::LANES]));
+                }
+                simd.store_first(&mut sums[half * S::LANES..][..S::LANES], sum);
             }
-        };
-        let mut pairs = Vec::with_capacity(layout.table_rows * dim.div_ceil(2));
-        for first in (0..layout.table_rows).step_by(panel_rows) {
-            for j in (0..dim).step_by(2) {
-                pairs.extend(
-                    (first..first + panel_rows).map(|k| pair(channel(k, j), channel(k, j + 1))),
-                );
+            for (half, bounds) in bounds.chunks_exact_mut(S::LANES).enumerate() {
+                let mut bound = simd.load_first(bounds);
+                for &column in &phase.columns {
+                    let sums = &sums[column + half * S::LANES..];
+                    bound = simd.add(bound, simd.load_first(&sums[..S::LANES]));
+                }
+                simd.store_first(bounds, bound);
             }
         }
-        let mut squares = squares(&rounded);
-        for square in &mut squares {
-            *square /= scale * scale;
+    }
+    // Of all rows, then of the lanes that are no halo.
+    let (first, others) = bounds.split_at_mut(lanes);
+    for bounds in others.chunks_exact(lanes) {
+        for half in 0..2 {
+            let half = half * S::LANES..(half + 1) * S::LANES;
+            let bound = simd.load_first(&bounds[half.clone()]);
+            let greatest = simd.max(simd.load_first(&first[half.clone()]), bound);
+            simd.store_first(&mut first[half], greatest);
         }
-        Self {
-            scale,
-            pairs,
-            squares,
+    }
+    let mut greatest = 0.0;
+    for part in first.chunks_exact(layout.cut.part_lanes) {
+        for &bound in &part[..layout.cut.width] {
+            greatest = greater(greatest, bound);
         }
+    }
+    Seen {
+        range,
+        norm: greatest.sqrt(),
     }
 }
 
 /// Add to `sums`, one for each output of a group, the squared norms of the
 /// codewords of subspace `m` that it adds through some taps.
-fn add_squares(
+pub(super) fn add_squares(
     layout: &Layout,
     group: usize,
     m: usize,
@@ -433,7 +394,7 @@ fn add_squares(
 
 /// The greatest of the norms with these squares, rounded up by more than sums of
 /// squares can be wrong.
-fn greatest_norm(squares: &[f32]) -> f32 {
+pub(super) fn greatest_norm(squares: &[f32]) -> f32 {
     squares.iter().copied().fold(0.0, greater).sqrt() * 1.0001
 }
 
@@ -444,18 +405,19 @@ fn greater(a: f32, b: f32) -> f32 {
 }
 
 /// Squared norms of what a tile sees of some sources with taps alike, for each pixel.
-/// Returns the greatest that is finite.
+/// Returns the least and the greatest number, 0 included, or any of them where one is NaN.
 #[inline(always)]
 fn sum_squares<S: Simd>(
     simd: S,
     inputs: &Inputs<'_>,
     sources: Range<usize>,
     squares: &mut [f32],
-) -> f32 {
+) -> [f32; 2] {
     let layout = inputs.layout;
     let vectors = layout.plane_vectors(layout.source(sources.start).0);
     let squares = &mut squares[..2 * vectors * S::LANES];
     squares.fill(LEAST_SQUARE);
+    let mut range = [simd.splat(0.0); 2];
     for sources in layout.by_phase(sources) {
         let seen = inputs.planes([2, S::LANES], sources);
         let depth = seen.channels.len() / seen.runs.pixels().max(1);
@@ -469,108 +431,141 @@ fn sum_squares<S: Simd>(
                     seen.prefetch(simd, &ahead, c, half);
                     let x = seen.load(simd, &row, c, half);
                     sum = simd.mul_add(x, x, sum);
+                    range = [simd.min(range[0], x), simd.max_number(range[1], x)];
                 }
                 simd.store_first(squares, sum);
             }
         }
     }
-    let mut peaks = [0.0f32; MAX_LANES];
-    for squares in squares.chunks_exact(2 * S::LANES) {
-        for lane in 0..2 * S::LANES {
-            let higher = squares[lane] > peaks[lane] && squares[lane] < f32::INFINITY;
-            peaks[lane] = if higher { squares[lane] } else { peaks[lane] };
-        }
+    let mut lanes = [[0.0f32; MAX_LANES / 2]; 2];
+    for (lanes, vector) in lanes.iter_mut().zip(range) {
+        simd.store_first(lanes, vector);
     }
-    peaks.into_iter().fold(0.0, f32::max)
+    let [low, high] = lanes;
+    [
+        low.into_iter().fold(0.0, f32::min),
+        high.into_iter().fold(0.0, f32::max),
+    ]
 }
 
-/// Inner products of the codewords of a subspace with what a tile sees, divided by
-/// 2^16 and rounded.
-struct BuildTable<'a> {
-    /// Panels of `R` codewords, each `(pairs of channels, R)`.
-    codewords: &'a [i32],
+/// Inner products of the codewords of a subspace with what a tile sees.
+struct BuildTable<'a, B> {
+    codebook: &'a B,
+    /// For each row of the table.
+    rows: &'a [Prepared],
+    /// What inputs are multiplied with, and what their integers are raised by.
+    factor: f32,
+    zero: i32,
     /// Vectors of a plane.
     vectors: usize,
-    /// Room for pairs of channels `(pairs, vectors, 2)`: even, then odd lanes.
+    /// Room for groups of channels `(groups, vectors, 2)`: even, then odd lanes.
     planes: &'a mut [i16],
     /// `(codewords, row_len)`
     table: &'a mut [i16],
 }
 
-impl BuildTable<'_> {
+impl<B: Codebook> BuildTable<'_, B> {
     #[inline(always)]
-    fn panels<S: Simd, const R: usize>(
-        self,
-        simd: S,
-        inputs: &Inputs<'_>,
-        source: usize,
-        scale: f32,
-    ) {
+    fn panels<S: Simd, const R: usize>(self, simd: S, inputs: &Inputs<'_>, source: usize) {
         let layout = inputs.layout;
         let lanes = 2 * S::LANES;
         // Of the last subspace may be fewer.
         let channels = layout.channels(source).len();
-        let depth = channels.div_ceil(2);
-        let panel_len = R * layout.pq.subvector_dim.div_ceil(2);
+        let depth = channels.div_ceil(B::Factors::GROUP);
+        let panel_len = R * layout.pq.subvector_dim.div_ceil(B::Factors::GROUP);
         let panels = layout.table_rows / R;
+        let codewords = self.codebook.groups();
         let (vectors, row_len) = (self.vectors, layout.row_len);
         assert!(depth * R <= panel_len && vectors * lanes <= row_len);
-        assert!(self.codewords.len() >= panels * panel_len);
+        assert!(codewords.len() >= panels * panel_len && self.rows.len() >= panels * R);
         assert!(self.planes.len() >= depth * vectors * 2 * lanes);
         assert!(self.table.len() >= panels * R * row_len);
 
-        let scale = simd.splat(scale);
+        let factor = simd.splat(self.factor);
         let seen = inputs.planes([2, S::LANES], source..source + 1);
         for y in 0..vectors {
             let row = seen.runs.row(y);
-            for pair in 0..depth {
-                let mut rounded = [simd.zero_i16(); 2];
-                for i in 0..2 {
-                    let c = 2 * pair + i;
+            for group in 0..depth {
+                let mut rounded = [simd.zero_i16(); MAX_GROUP];
+                for i in 0..B::Factors::GROUP {
+                    let c = B::Factors::GROUP * group + i;
                     if c < channels {
-                        let low = simd.mul(seen.load(simd, &row, c, 0), scale);
-                        let high = simd.mul(seen.load(simd, &row, c, 1), scale);
+                        let low = simd.mul(seen.load(simd, &row, c, 0), factor);
+                        let high = simd.mul(seen.load(simd, &row, c, 1), factor);
                         rounded[i] = simd.round_i16(low, high);
                     }
                 }
-                let zipped = simd.zip_i16(rounded[0], rounded[1]);
+                let groups = B::Factors::inputs(simd, rounded, self.zero);
                 for i in 0..2 {
-                    let at = ((pair * vectors + y) * 2 + i) * lanes;
+                    let at = ((group * vectors + y) * 2 + i) * lanes;
                     // SAFETY: `planes` holds two vectors for each vector of each
-                    // pair, as asserted; y is less than `vectors`.
-                    unsafe { simd.store_i16(self.planes.as_mut_ptr().add(at), zipped[i]) };
+                    // group, as asserted; y is less than `vectors`.
+                    unsafe { simd.store_i16(self.planes.as_mut_ptr().add(at), groups[i]) };
                 }
             }
         }
         for vector in 0..vectors {
             for panel in 0..panels {
-                // Half a unit, so that cutting bits off rounds.
-                let mut products = [[simd.splat_i32(1 << 15); 2]; R];
+                let rows = &self.rows[panel * R..][..R];
+                let mut products = [[simd.splat_i32(0); 2]; R];
+                for i in 0..R {
+                    products[i] = [B::start(simd, &rows[i]); 2];
+                }
                 // SAFETY: there are `depth` planes of `vectors` times 2 vectors, R
                 // rows of the table, each of at least `vectors` vectors, for each
-                // of the panels, and each panel has R pairs for at least `depth`
+                // of the panels, and each panel has R groups for at least `depth`
                 // planes, as asserted.
                 unsafe {
-                    let codewords = self.codewords.as_ptr().add(panel * panel_len);
-                    for pair in 0..depth {
-                        let at = (pair * vectors + vector) * 2 * lanes;
+                    let codewords = codewords.as_ptr().add(panel * panel_len);
+                    for group in 0..depth {
+                        let at = (group * vectors + vector) * 2 * lanes;
                         let source = self.planes.as_ptr().add(at);
                         let inputs = [simd.load_i16(source), simd.load_i16(source.add(lanes))];
                         for i in 0..R {
-                            let codeword = simd.splat_pair(*codewords.add(pair * R + i));
+                            let codeword = *codewords.add(group * R + i);
                             for v in 0..2 {
-                                products[i][v] = simd.dot_i16(inputs[v], codeword, products[i][v]);
+                                products[i][v] =
+                                    B::Factors::dot(simd, inputs[v], codeword, products[i][v]);
                             }
                         }
                     }
                     let at = panel * R * row_len + vector * lanes;
                     let table = self.table.as_mut_ptr().add(at);
                     for i in 0..R {
-                        let entries = simd.upper_halves(products[i][0], products[i][1]);
+                        let entries = B::entries(simd, &rows[i], products[i]);
                         simd.store_i16(table.add(i * row_len), entries);
                     }
                 }
             }
         }
     }
+}
+
+/// The squared norms of codewords of `dim` numbers.
+pub(super) fn squares(codewords: &[f32], dim: usize) -> Vec<f32> {
+    let codewords = codewords.chunks_exact(dim);
+    codewords
+        .map(|codeword| codeword.iter().map(|c| c * c).sum())
+        .collect()
+}
+
+/// Pack codewords of integers, `(K, C')`, in panels of `panel_rows` codewords.
+pub(super) fn pack_groups<F: Factors>(
+    layout: &Layout,
+    panel_rows: usize,
+    integers: &[f32],
+) -> Vec<i32> {
+    let dim = layout.pq.subvector_dim;
+    let channel = |k: usize, j: usize| {
+        let exists = k < layout.pq.n_centroids && j < dim;
+        if exists { integers[k * dim + j] } else { 0.0 }
+    };
+    let mut groups = Vec::with_capacity(layout.table_rows * dim.div_ceil(F::GROUP));
+    for first in (0..layout.table_rows).step_by(panel_rows) {
+        for j in (0..dim).step_by(F::GROUP) {
+            let group = |k| F::weights(std::array::from_fn(|i| channel(k, j + i)));
+            groups.extend((first..first + panel_rows).map(group));
+        }
+    }
+    groups
 }
