@@ -143,7 +143,7 @@ def _engine(command: _Command) -> _Command:
             default="fast",
             show_default=True,
             help="exact: float32. fast: 16 bits where that is faster. int8: also "
-            "tables of 8 bits.",
+            "8 bits in convolutions.",
         ),
     ):
         command = option(command)

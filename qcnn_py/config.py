@@ -890,8 +890,8 @@ class BenchmarkConfig(TimingConfig):
         min_length=1,
         description=(
             "Precisions of the quantised network that race. exact: float32 tables and "
-            "sums; fast: 16 bits where that is faster; int8: also 8-bit tables. The "
-            "first one leads the report and has its layers timed."
+            "sums; fast: 16 bits where that is faster; int8: also 8 bits in "
+            "convolutions. The first one leads the report and has its layers timed."
         ),
     )
     peers: tuple[PeerName, ...] = Field(

@@ -46,8 +46,8 @@ def test_binary_networks(builder: NetworkBuilder, n: int, isa: str) -> None:
     values = {"input": images} | traced
     for node in network.nodes:
         expected = np.float32(respond(network, node, values))
-        # The smallest layers may run dense, where the bias is rounded earlier.
-        if node.op == "batch_norm" or "f32" in kernels.get(node.name, ""):
+        # Layers that count no bits round the bias, or the step of a grid, earlier.
+        if node.op == "batch_norm" or "xnor" not in kernels.get(node.name, "xnor"):
             np.testing.assert_allclose(traced[node.name], expected, 1e-5, 1e-4)
         else:
             np.testing.assert_array_equal(traced[node.name], expected)
@@ -87,3 +87,26 @@ def test_folding_batch_norms_keeps_the_function(builder: NetworkBuilder) -> None
     expected = execute(network, images)[network.output]
     folded = network.fold_batch_norms()
     assert agree(folded.compile(precision="exact")(images), expected, 1e-4)
+
+
+@given(networks(), st.integers(1, 3), st.sampled_from(ISAS))
+def test_reduced_precisions_are_close(
+    builder: NetworkBuilder, n: int, isa: str
+) -> None:
+    """Each node against the oracle's response to the values that it saw."""
+    network, images = builder.build(), builder.images(n)
+    for precision, tolerance in (("fast", 5e-3), ("int8", 5e-2)):
+        model = network.compile(precision=precision, isa=isa)
+        traced = model.trace(images)
+        values = {"input": images} | traced
+        kernels = {layer["name"]: layer["kernel_name"] for layer in model.layers}
+        for node in network.nodes:
+            expected = respond(network, node, values)
+            kernel = kernels.get(node.name, "")
+            limit = tolerance if "-i16-" in kernel or "-i8-" in kernel else 1e-5
+            # Scales are those of an image.
+            for actual, response in zip(traced[node.name], expected, strict=True):
+                error = np.linalg.norm(actual - response)
+                norm = np.linalg.norm(response)
+                assert error <= limit * norm + 1e-6, (node, kernel)
+        np.testing.assert_array_equal(model(images), traced[network.output])

@@ -126,6 +126,43 @@ def test_sign_values_are_followed_through_other_operations() -> None:
         np.testing.assert_allclose(traced[name], expected[name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("bits", "low", "high", "exact"),
+    [
+        (8, 0.0, 1.0, True),
+        (8, -1.0, 127 / 128, True),
+        (2, -0.5, 1.0, True),
+        # 0 lies between two levels, outside of them; there are too many levels.
+        (8, -1.0, 1.0, False),
+        (8, 1.0, 2.0, False),
+        (9, 0.0, 1.0, False),
+    ],
+)
+def test_inputs_on_a_grid_of_8_bits_are_multiplied_as_they_are(
+    bits: int, low: float, high: float, exact: bool
+) -> None:
+    builder = NetworkBuilder((3, 20, 21))
+    builder.add("quantize_linear", bits=bits, low=low, high=high)
+    builder.add("slice", start=[0, 1, 1], step=[1, 1, 1], shape=[3, 18, 18])
+    builder.pool("max_pool", 2)
+    builder.add("relu")
+    builder.conv(40, 3, padding=1, quantized=Binary(), name="first")
+    network, images = builder.build(), builder.images(3)
+    for precision in ("exact", "fast", "int8"):
+        model = network.compile(precision=precision)
+        if model.isa.startswith("avx512v"):
+            kernel = model.layers[0]["kernel_name"]
+            assert kernel.endswith("-i8-gemm") is exact
+        expected = execute(network, images)["first"]
+        np.testing.assert_allclose(model(images), expected, rtol=1e-5, atol=1e-5)
+        # A number that is none spoils its image only.
+        spoilt = images.copy()
+        spoilt[1, 0, 5, 5] = np.nan
+        responses = model(spoilt)
+        assert np.isnan(responses[1, :, 3:5, 3:5]).all()
+        np.testing.assert_array_equal(responses[::2], model(images)[::2])
+
+
 def test_file_of_a_binary_network_is_small() -> None:
     network, _ = binary_network()
     layers = {layer.name: layer for layer in network.layers}

@@ -164,11 +164,15 @@ struct Setting {
 }
 
 /// The authors' setting for `AlexNet`.
-const PAPER: Setting = Setting {
-    subvector_dim: 8,
-    n_centroids: 128,
-    precision: Precision::Fast,
-};
+const PAPER: Setting = paper(Precision::Fast);
+
+const fn paper(precision: Precision) -> Setting {
+    Setting {
+        subvector_dim: 8,
+        n_centroids: 128,
+        precision,
+    }
+}
 
 fn geometry_of(conv: &Conv) -> ConvGeometry {
     ConvGeometry::new(
@@ -185,6 +189,11 @@ fn geometry_of(conv: &Conv) -> ConvGeometry {
 }
 
 fn bench_conv(bencher: Bencher<'_, '_>, case: &Case<Conv>, setting: Option<Setting>) {
+    bench_kernel(bencher, case, setting, "");
+}
+
+/// With the kernel that is thought the fastest of those whose names end with `name`.
+fn bench_kernel(bencher: Bencher<'_, '_>, case: &Case<Conv>, setting: Option<Setting>, name: &str) {
     let geometry = geometry_of(&case.layer);
     let channels = geometry.group_in_channels();
     let Setting {
@@ -216,7 +225,10 @@ fn bench_conv(bencher: Bencher<'_, '_>, case: &Case<Conv>, setting: Option<Setti
         },
         bias: None,
     };
-    let kernel = conv_kernels(&layer, case.isa, precision)[0].build();
+    let kernels = conv_kernels(&layer, case.isa, precision);
+    let mut kernels = kernels.iter().map(|kernel| kernel.build());
+    let kernel = kernels.find(|kernel| kernel.name().ends_with(name));
+    let kernel = kernel.expect("every layer here has all kernels that are asked for");
     run(
         bencher,
         &*kernel,
@@ -230,6 +242,47 @@ fn bench_conv(bencher: Bencher<'_, '_>, case: &Case<Conv>, setting: Option<Setti
 #[divan::bench(args = cases(&CONVS, &[1]))]
 fn conv_quantized(bencher: Bencher<'_, '_>, case: &Case<Conv>) {
     bench_conv(bencher, case, Some(PAPER));
+}
+
+/// The same in float32.
+#[divan::bench(args = cases(&CONVS, &[1]))]
+fn conv_exact(bencher: Bencher<'_, '_>, case: &Case<Conv>) {
+    bench_conv(bencher, case, Some(paper(Precision::Exact)));
+}
+
+/// The same with inputs and codewords of 8 bits.
+#[divan::bench(args = cases(&CONVS, &[1]))]
+fn conv_int8(bencher: Bencher<'_, '_>, case: &Case<Conv>) {
+    bench_conv(bencher, case, Some(paper(Precision::Int8)));
+}
+
+/// With one output per group nearly all time is the tables'.
+fn bench_tables(bencher: Bencher<'_, '_>, case: &Case<Conv>, precision: Precision, name: &str) {
+    let out_channels = case.layer.groups;
+    let layer = Conv {
+        out_channels,
+        ..case.layer
+    };
+    let case = Case { layer, ..*case };
+    bench_kernel(bencher, &case, Some(paper(precision)), name);
+}
+
+/// Tables of float32.
+#[divan::bench(args = cases(&CONVS, &[1]))]
+fn tables_exact(bencher: Bencher<'_, '_>, case: &Case<Conv>) {
+    bench_tables(bencher, case, Precision::Exact, "-f32-rows");
+}
+
+/// Tables of 16 bits, of inputs of 16 bits.
+#[divan::bench(args = cases(&CONVS, &[1]))]
+fn tables_fast(bencher: Bencher<'_, '_>, case: &Case<Conv>) {
+    bench_tables(bencher, case, Precision::Fast, "-i16-rows");
+}
+
+/// Tables of 16 bits, of inputs of 8 bits.
+#[divan::bench(args = cases(&CONVS, &[1]))]
+fn tables_int8(bencher: Bencher<'_, '_>, case: &Case<Conv>) {
+    bench_tables(bencher, case, Precision::Int8, "-i8-rows");
 }
 
 #[divan::bench(args = cases(&CONVS, &[1]))]
@@ -255,7 +308,11 @@ const BINARY_CONVS: [Conv; 4] = [
     conv("512@14", [512, 14, 14], 512, [3, 1, 1, 1]),
 ];
 
-/// With inputs of 1 and -1 the same weights are packed, with others they are dense.
+/// The first layer of a binary network: its input is an image, here of 8 bits.
+const FIRST: [Conv; 1] = [conv("3@32", [3, 32, 32], 128, [3, 1, 1, 1])];
+
+/// With inputs of 1 and -1 the same weights are packed, with those of 8 bits they become
+/// bytes, with others they are dense.
 fn bench_binary(bencher: Bencher<'_, '_>, case: &Case<Conv>, input: Levels) {
     let geometry = geometry_of(&case.layer);
     let weights = geometry.out_channels * geometry.group_in_channels() * geometry.taps();
@@ -290,6 +347,24 @@ fn conv_binary(bencher: Bencher<'_, '_>, case: &Case<Conv>) {
 
 #[divan::bench(args = cases(&BINARY_CONVS, &[1]))]
 fn conv_binary_dense(bencher: Bencher<'_, '_>, case: &Case<Conv>) {
+    bench_binary(bencher, case, Levels::Any);
+}
+
+/// Products of bytes.
+#[divan::bench(args = cases(&FIRST, &[1]))]
+fn first_binary_bytes(bencher: Bencher<'_, '_>, case: &Case<Conv>) {
+    let (step, zero) = (1.0, 128);
+    bench_binary(bencher, case, Levels::Grid(Grid { step, zero }));
+}
+
+/// One of the eight planes of bits that an image could be taken apart to.
+#[divan::bench(args = cases(&FIRST, &[1]))]
+fn first_binary_plane(bencher: Bencher<'_, '_>, case: &Case<Conv>) {
+    bench_binary(bencher, case, Levels::Signs);
+}
+
+#[divan::bench(args = cases(&FIRST, &[1]))]
+fn first_binary_dense(bencher: Bencher<'_, '_>, case: &Case<Conv>) {
     bench_binary(bencher, case, Levels::Any);
 }
 

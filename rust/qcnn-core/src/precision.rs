@@ -15,8 +15,8 @@ pub enum Precision {
     /// every image from bounds that hold for it, so that nothing can overflow.
     #[default]
     Fast,
-    /// Also 8-bit tables, with 32-bit sums, where that is faster still. Their
-    /// scale is derived in the same way.
+    /// Also convolutions with 8-bit tables, or with inputs and codewords of 8 bits, where
+    /// that is faster still. Their scales are derived in the same way.
     Int8,
 }
 
