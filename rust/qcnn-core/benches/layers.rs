@@ -192,7 +192,20 @@ fn bench_conv(bencher: Bencher<'_, '_>, case: &Case<Conv>, setting: Option<Setti
     bench_kernel(bencher, case, setting, "");
 }
 
-/// With the kernel that is thought the fastest of those whose names end with `name`.
+/// The kernel that is thought the fastest of those whose names end with `name`.
+fn kernel_called(
+    layer: &ConvLayer<'_>,
+    isa: Isa,
+    precision: Precision,
+    name: &str,
+) -> Box<dyn Kernel> {
+    let kernels = conv_kernels(layer, isa, precision);
+    let mut kernels = kernels.iter().map(|kernel| kernel.build());
+    let kernel = kernels.find(|kernel| kernel.name().ends_with(name));
+    kernel.expect("every layer here has all kernels that are asked for")
+}
+
+/// With the kernel that [`kernel_called`] gives.
 fn bench_kernel(bencher: Bencher<'_, '_>, case: &Case<Conv>, setting: Option<Setting>, name: &str) {
     let geometry = geometry_of(&case.layer);
     let channels = geometry.group_in_channels();
@@ -225,10 +238,7 @@ fn bench_kernel(bencher: Bencher<'_, '_>, case: &Case<Conv>, setting: Option<Set
         },
         bias: None,
     };
-    let kernels = conv_kernels(&layer, case.isa, precision);
-    let mut kernels = kernels.iter().map(|kernel| kernel.build());
-    let kernel = kernels.find(|kernel| kernel.name().ends_with(name));
-    let kernel = kernel.expect("every layer here has all kernels that are asked for");
+    let kernel = kernel_called(&layer, case.isa, precision, name);
     run(
         bencher,
         &*kernel,
@@ -313,7 +323,7 @@ const FIRST: [Conv; 1] = [conv("3@32", [3, 32, 32], 128, [3, 1, 1, 1])];
 
 /// With inputs of 1 and -1 the same weights are packed, with those of 8 bits they become
 /// bytes, with others they are dense.
-fn bench_binary(bencher: Bencher<'_, '_>, case: &Case<Conv>, input: Levels) {
+fn bench_binary(bencher: Bencher<'_, '_>, case: &Case<Conv>, input: Levels, name: &str) {
     let geometry = geometry_of(&case.layer);
     let weights = geometry.out_channels * geometry.group_in_channels() * geometry.taps();
     let sign = |i: usize| {
@@ -332,7 +342,7 @@ fn bench_binary(bencher: Bencher<'_, '_>, case: &Case<Conv>, input: Levels) {
         },
         bias: None,
     };
-    let kernel = conv_kernels(&layer, case.isa, Precision::Exact)[0].build();
+    let kernel = kernel_called(&layer, case.isa, Precision::Exact, name);
     let in_len = geometry.in_channels * geometry.in_pixels();
     let values: Vec<f32> = (0..in_len).map(|i| f32::from(sign(i))).collect();
     let out_len = geometry.out_channels * geometry.out_pixels();
@@ -342,30 +352,31 @@ fn bench_binary(bencher: Bencher<'_, '_>, case: &Case<Conv>, input: Levels) {
 
 #[divan::bench(args = cases(&BINARY_CONVS, &[1]))]
 fn conv_binary(bencher: Bencher<'_, '_>, case: &Case<Conv>) {
-    bench_binary(bencher, case, Levels::Signs);
+    bench_binary(bencher, case, Levels::Signs, "");
 }
 
 #[divan::bench(args = cases(&BINARY_CONVS, &[1]))]
 fn conv_binary_dense(bencher: Bencher<'_, '_>, case: &Case<Conv>) {
-    bench_binary(bencher, case, Levels::Any);
+    bench_binary(bencher, case, Levels::Any, "");
 }
 
 /// Products of bytes.
 #[divan::bench(args = cases(&FIRST, &[1]))]
 fn first_binary_bytes(bencher: Bencher<'_, '_>, case: &Case<Conv>) {
     let (step, zero) = (1.0, 128);
-    bench_binary(bencher, case, Levels::Grid(Grid { step, zero }));
+    let levels = Levels::Grid(Grid { step, zero });
+    bench_binary(bencher, case, levels, "-i8-gemm");
 }
 
 /// One of the eight planes of bits that an image could be taken apart to.
 #[divan::bench(args = cases(&FIRST, &[1]))]
 fn first_binary_plane(bencher: Bencher<'_, '_>, case: &Case<Conv>) {
-    bench_binary(bencher, case, Levels::Signs);
+    bench_binary(bencher, case, Levels::Signs, "-b1-xnor");
 }
 
 #[divan::bench(args = cases(&FIRST, &[1]))]
 fn first_binary_dense(bencher: Bencher<'_, '_>, case: &Case<Conv>) {
-    bench_binary(bencher, case, Levels::Any);
+    bench_binary(bencher, case, Levels::Any, "");
 }
 
 /// A fully connected layer of `AlexNet`.

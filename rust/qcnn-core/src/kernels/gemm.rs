@@ -526,8 +526,10 @@ impl<F: Factors, const R: usize> Task for Rows<'_, F, R> {
         let lanes = panel_columns::<S>();
         assert!(p.weights.len() >= p.depth * R && p.columns.len() >= p.depth * 2 * lanes);
         let mut sums = [[simd.splat_i32(0); 2]; R];
-        for (sums, sum) in sums.iter_mut().zip(p.sums) {
-            *sums = [simd.splat_i32(sum.wrapping_mul(-p.scale.zero)); 2];
+        for i in 0..R {
+            // The last panel may have fewer outputs.
+            let sum = p.sums.get(i).copied().unwrap_or(0);
+            sums[i] = [simd.splat_i32(sum.wrapping_mul(-p.scale.zero)); 2];
         }
         for group in 0..p.depth {
             // SAFETY: there are R groups of weights and two vectors of columns for
