@@ -12,8 +12,10 @@ from qcnn_py import Network
 from qcnn_py.preprocessing import Preprocessing
 
 PREFIX = "bvlc_alexnet_aCaF"
-# Relative L2 error, by precision.
-TOLERANCES = {"exact": 1e-5, "fast": 3e-3}
+# Relative L2 error, by precision. With 8 bits a step of rounding is 1/254 of the range
+# of inputs and codewords, which is 8 to 10 times their deviation: 1 % of either. conv1,
+# where smooth pixels cancel out, doubles that; norm2 gains on the errors of two layers.
+TOLERANCES = {"exact": 1e-5, "fast": 3e-3, "int8": 6e-2}
 
 CONVOLUTIONAL = ["conv1", "norm1", "pool1", "conv2", "norm2", "pool2"]
 CONVOLUTIONAL += ["conv3", "conv4", "conv5", "pool5"]
