@@ -16,7 +16,7 @@ use divan::counter::ItemsCount;
 use qcnn_core::geometry::ConvGeometry;
 use qcnn_core::graph::{CodebookBits, PqGeometry};
 use qcnn_core::kernels::{
-    ConvLayer, FcLayer, Grid, Kernel, Levels, Weights, conv_kernels, fc_kernels,
+    Candidate, ConvLayer, FcLayer, Grid, Kernel, Levels, Weights, conv_kernels, fc_kernels,
 };
 use qcnn_core::{Isa, Precision};
 
@@ -200,7 +200,7 @@ fn kernel_called(
     name: &str,
 ) -> Box<dyn Kernel> {
     let kernels = conv_kernels(layer, isa, precision);
-    let mut kernels = kernels.iter().map(|kernel| kernel.build());
+    let mut kernels = kernels.iter().map(Candidate::build);
     let kernel = kernels.find(|kernel| kernel.name().ends_with(name));
     kernel.expect("every layer here has all kernels that are asked for")
 }

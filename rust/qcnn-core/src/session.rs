@@ -446,11 +446,11 @@ fn known_levels(network: &Network) -> HashMap<&str, Levels> {
             | Op::MaxPool { .. }
             | Op::GlobalMaxPool {}
             | Op::Slice { .. }
-            | Op::Transpose { .. } => first,
+            | Op::Transpose { .. }
+            | Op::Concat {} => first,
             // 0 is one of the levels of a grid.
             Op::Relu {} => first.filter(|levels| *levels != Levels::Signs),
             Op::Mul {} => first.filter(|levels| *levels == Levels::Signs),
-            Op::Concat {} => first,
             _ => None,
         };
         if let Some(levels) = levels.filter(|_| inputs.all(|input| input == first)) {

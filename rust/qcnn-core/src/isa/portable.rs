@@ -268,7 +268,7 @@ impl<const N: usize> Simd for Portable<N> {
             std::array::from_fn(|i| {
                 let lane = half * N + i;
                 let i = lane / 2;
-                if lane % 2 == 0 {
+                if lane.is_multiple_of(2) {
                     (even[i] >> right[i]) as i16
                 } else {
                     ((odd[i] << left[i]) >> 16) as i16

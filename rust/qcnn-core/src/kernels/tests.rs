@@ -371,11 +371,10 @@ fn factor_tolerances(
     let raised = |values: &[f32], by: f32| -> Vec<f32> {
         values.iter().map(|x| x.abs() + by * 1.001).collect()
     };
-    let components = match layer.weights {
-        Weights::ProductQuantized { codebooks, .. } => codebooks,
-        _ => return Vec::new(),
+    let Weights::ProductQuantized { codebooks, .. } = layer.weights else {
+        return Vec::new();
     };
-    let weights = raised(&layer.decode(), peak(components) / 254.0);
+    let weights = raised(&layer.decode(), peak(codebooks) / 254.0);
     let images = input.chunks_exact(input.len() / n.max(1));
     let input: Vec<f32> = images.flat_map(|x| raised(x, peak(x) / 254.0)).collect();
     let mut sums = vec![0.0; magnitudes.len()];
@@ -1391,7 +1390,7 @@ fn bits_are_counted_only_where_all_numbers_are_signs() {
             bias: None,
         };
         let kernels = all_conv_kernels(&layer);
-        let kernels = kernels.iter().map(|kernel| kernel.build());
+        let kernels = kernels.iter().map(Candidate::build);
         let names: Vec<_> = kernels.map(|kernel| kernel.name().to_owned()).collect();
         for name in ["-b1-xnor", "-i8-gemm"] {
             let found = names.iter().filter(|n| n.ends_with(name)).count();
@@ -1443,7 +1442,9 @@ fn signs_times_a_grid_are_exact() {
             // Sums of integers below 2^24 are exact in float32.
             let mut expected = vec![0.0; outputs * geometry.out_pixels()];
             scalar::conv(&layer, 1, &integers, &mut expected);
-            expected.iter_mut().for_each(|y| *y *= step);
+            for y in &mut expected {
+                *y *= step;
+            }
             for (name, output) in byte_responses(&layer, "-i8-gemm", &numbers) {
                 assert_eq!(output, expected, "{name} {step} {zero}");
             }
