@@ -91,8 +91,9 @@ class QuantizedWeights:
 
     Attributes
     ----------
-    codebooks : ndarray of float32, shape (M, K, dsub) or (groups, M, K, dsub)
-        Codewords of each subspace, one set for all groups or one per group.
+    codebooks : ndarray of float32, shape (M, K, dsub) or (sets, M, K, dsub)
+        Codewords of each subspace, one set for all outputs or one each for equal parts
+        of the outputs of every group.
         Where ``dsub`` does not divide the channels the last sub-vector is
         padded with zeros.
     codes : ndarray of uint8 or uint16
