@@ -163,9 +163,9 @@ class LayerSettings(Section):
         Field(
             default="shared",
             description=(
-                "Convolution: one set of codebooks for all groups, or one each, or this "
-                "many sets, each for an equal part of the outputs. More sets are more "
-                "exact; they take room, and time to make tables of."
+                "Convolution: one set of codebooks for all groups, or one each, or "
+                "this many sets, each for an equal part of the outputs. More sets "
+                "are more exact; they take room, and time to make tables of."
             ),
         )
     )
@@ -467,8 +467,8 @@ def _per_codebook(settings: LayerSettings, layer: LayerShape) -> int | None:
     n_outputs = layer.n_vectors // layer.n_positions
     if n_sets > 1 and (n_sets % layer.groups or n_outputs % n_sets):
         raise ConfigError(
-            f"{got} or a multiple of the layer's {layer.groups} groups that divides its "
-            f"{n_outputs} outputs"
+            f"{got} or a multiple of the layer's {layer.groups} groups that divides "
+            f"its {n_outputs} outputs"
         )
     return layer.n_vectors // n_sets
 

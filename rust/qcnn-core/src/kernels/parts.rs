@@ -96,7 +96,7 @@ impl PartsConv {
         n: usize,
         input: &[f32],
         output: &mut [f32],
-        run: &mut dyn FnMut(&dyn Kernel, &[f32], &mut [f32]) -> bool,
+        mut run: impl FnMut(&dyn Kernel, &[f32], &mut [f32]) -> bool,
     ) -> bool {
         let [input_len, output_len] = self.lens;
         let images = input.chunks_exact(input_len).take(n);
@@ -122,7 +122,7 @@ impl Kernel for PartsConv {
     }
 
     fn run(&self, n: usize, input: &[f32], output: &mut [f32], scratch: &mut [f32]) {
-        self.images(n, input, output, &mut |kernel, input, output| {
+        self.images(n, input, output, |kernel, input, output| {
             kernel.run(1, input, output, scratch);
             true
         });
@@ -130,7 +130,7 @@ impl Kernel for PartsConv {
 
     fn run_relu(&self, n: usize, input: &[f32], output: &mut [f32], scratch: &mut [f32]) -> bool {
         // All kernels are of one kind: where the first one can, they all can.
-        self.images(n, input, output, &mut |kernel, input, output| {
+        self.images(n, input, output, |kernel, input, output| {
             kernel.run_relu(1, input, output, scratch)
         })
     }
