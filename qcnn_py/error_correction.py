@@ -34,7 +34,7 @@ from qcnn_py.statistics import (
     outputs_in_parts,
 )
 
-__all__ = ["CoordinateDescent"]
+__all__ = ["CoordinateDescent", "available_threads"]
 
 Codes = npt.NDArray[np.int64]
 
@@ -121,7 +121,7 @@ class CoordinateDescent:
             np.zeros((len(self._sets), n_centroids, dim)) for dim in self._dims
         ]
         self._codes = np.zeros((len(starts), groups, n_outputs, n_positions), np.int64)
-        self._threads = _threads()
+        self._threads = available_threads()
 
     @property
     def codebooks(self) -> Array64:
@@ -418,7 +418,10 @@ class CoordinateDescent:
         self._assign(window, m, choose=False)
 
 
-def _threads() -> int:
-    """Return the threads of the engine's loops: those BLAS has, or all cores."""
+def available_threads() -> int:
+    """Return the threads of what the engine computes: those BLAS has, or all cores.
+
+    No result depends on them.
+    """
     given = os.environ.get("OMP_NUM_THREADS", "")
-    return int(given) if given.isdigit() else len(os.sched_getaffinity(0))
+    return int(given) if given.isdecimal() else len(os.sched_getaffinity(0))

@@ -13,6 +13,7 @@ import numpy as np
 
 from qcnn_py.activation_quantization import QUANTIZERS
 from qcnn_py.artefacts import load_arrays, save_arrays
+from qcnn_py.checkpoints import Checkpoint
 from qcnn_py.config import OptimizerConfig
 from qcnn_py.dataset_sources import SplitName
 from qcnn_py.datasets import Dataset
@@ -119,6 +120,7 @@ def finetune_fc(
     config: OptimizerConfig,
     seed: int,
     noise: bool = False,
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[Network, dict[str, Any]]:
     """Train what follows the features; everything before stays as it is.
 
@@ -134,6 +136,8 @@ def finetune_fc(
         Seed of the order of the images, of dropout and noise.
     noise : bool
         Whether quantised activations get noise in training.
+    checkpoint : Checkpoint, optional
+        Where to go on from, and to keep how far this got.
 
     Returns
     -------
@@ -160,7 +164,13 @@ def finetune_fc(
         )
     tail = network.subgraph(value)
     trained, history = fit(
-        tail, features.train, features.validation, config, seed, noise=noise
+        tail,
+        features.train,
+        features.validation,
+        config,
+        seed,
+        noise=noise,
+        checkpoint=checkpoint,
     )
     return network.replace(tensors=trained.tensors), history
 

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import optax
 
 from qcnn_py import jax_activations
+from qcnn_py.checkpoints import Checkpoint
 from qcnn_py.config import DescentConfig, OptimizerConfig
 from qcnn_py.errors import ConfigError, QcnnError
 from qcnn_py.jax_graph import Parameters, batch_moments, values_function
@@ -210,6 +211,7 @@ class Training:
         validation: Examples,
         seed: int,
         prepare: Callable[[npt.NDArray[Any]], FloatArray] | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> tuple[Network, dict[str, Any]]:
         """Train a network.
 
@@ -227,6 +229,8 @@ class Training:
             Seed of the order of the examples, of dropout and noise.
         prepare : callable, optional
             Makes network inputs of a batch of ``inputs``.
+        checkpoint : Checkpoint, optional
+            See :meth:`Descent.minimize`.
 
         Returns
         -------
@@ -279,6 +283,7 @@ class Training:
             batch=lambda chosen, _: (fixed, *batch(train, chosen)),
             validate=validate,
             seed=seed,
+            checkpoint=checkpoint,
         )
         tensors = {name: np.asarray(array) for name, array in self._used(best).items()}
         return network.replace(tensors=tensors), history
@@ -292,13 +297,14 @@ def fit(
     seed: int,
     *,
     noise: bool = False,
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[Network, dict[str, Any]]:
     """Train one network, whose batch normalisation stays as it is.
 
     Parameters, results and errors are those of :class:`Training` and its ``fit``.
     """
     training = Training(network, config, noise=noise)
-    return training.fit(network, train, validation, seed)
+    return training.fit(network, train, validation, seed, checkpoint=checkpoint)
 
 
 class Descent:
@@ -360,6 +366,7 @@ class Descent:
         batch: Callable[[npt.NDArray[np.intp], np.random.Generator], tuple[Any, ...]],
         validate: Callable[[Parameters], dict[str, float]],
         seed: int,
+        checkpoint: Checkpoint | None = None,
     ) -> tuple[Parameters, dict[str, Any]]:
         """Descend; every epoch visits the examples once in a new order.
 
@@ -377,6 +384,8 @@ class Descent:
             Measures of some parameters, ``validation_loss`` among them, or none.
         seed : int
             Seed of the order, of `batch` and of the keys.
+        checkpoint : Checkpoint, optional
+            Where to go on from, and to keep how far this got.
 
         Returns
         -------
@@ -394,49 +403,114 @@ class Descent:
         batch_size = min(config.batch_size, n_examples)
         n_steps = n_examples // batch_size
         schedule, optimizer, step = self._steps(n_steps)
-        state = optimizer.init(parameters)
+        progress = _Progress(
+            parameters, optimizer.init(parameters), np.random.default_rng(seed)
+        )
+        if checkpoint is None or not progress.restore(checkpoint):
+            progress.initial = validate(parameters)
+            if progress.initial:
+                logger.info("before: %s", _shown(progress.initial))
         key = jax.random.key(seed)
-        rng = np.random.default_rng(seed)
-        initial = validate(parameters)
-        if initial:
-            logger.info("before: %s", _shown(initial))
-        epochs: list[dict[str, float]] = []
-        best_epoch, best = 0, parameters
-        best_loss = initial.get("validation_loss", math.inf)
-        for epoch in range(1, config.epochs + 1):
-            order = rng.permutation(n_examples)[: n_steps * batch_size]
+        while not progress.finished(config):
+            order = progress.rng.permutation(n_examples)[: n_steps * batch_size]
+            n_done = len(progress.epochs) * n_steps
             step_losses: list[jax.Array] = []
             for chosen in order.reshape(n_steps, batch_size):
-                number = (epoch - 1) * n_steps + len(step_losses)
-                parameters, state, value = step(
-                    parameters, state, key, number, *batch(chosen, rng)
+                progress.parameters, progress.state, value = step(
+                    progress.parameters,
+                    progress.state,
+                    key,
+                    n_done + len(step_losses),
+                    *batch(chosen, progress.rng),
                 )
                 step_losses.append(value)
             entry: dict[str, float] = {
-                "epoch": epoch,
-                "learning_rate": float(schedule(epoch * n_steps)),
+                "epoch": len(progress.epochs) + 1,
+                "learning_rate": float(schedule(n_done + n_steps)),
                 "train_loss": float(np.mean(step_losses, dtype=np.float64)),
-                **validate(parameters),
+                **validate(progress.parameters),
             }
-            epochs.append(entry)
             logger.info(_shown(entry))
             if not all(map(math.isfinite, entry.values())):
                 raise QcnnError(
                     f"training diverged: {entry}, expected finite losses; a lower "
                     "learning_rate or some warmup_epochs may help"
                 )
-            if not config.patience or entry["validation_loss"] < best_loss:
-                best_epoch, best = epoch, parameters
-                best_loss = entry.get("validation_loss", best_loss)
-            elif epoch - best_epoch >= config.patience:
-                break
+            progress.add(entry, config)
+            if checkpoint is not None:
+                progress.offer(checkpoint)
         history = {
-            "initial": initial,
-            "epochs": epochs,
-            "best_epoch": best_epoch,
-            "stopped_early": len(epochs) < config.epochs,
+            "initial": progress.initial,
+            "epochs": progress.epochs,
+            "best_epoch": progress.best_epoch,
+            "stopped_early": len(progress.epochs) < config.epochs,
         }
-        return best, history
+        return progress.best, history
+
+
+class _Progress:
+    """How far a descent got: all that its next epoch depends on."""
+
+    def __init__(
+        self, parameters: Parameters, state: Any, rng: np.random.Generator
+    ) -> None:
+        self.parameters = parameters
+        self.state = state
+        self.best = parameters
+        self.rng = rng
+        self.initial: dict[str, float] = {}
+        self.epochs: list[dict[str, float]] = []
+        self.best_epoch = 0
+
+    def add(self, entry: dict[str, float], config: DescentConfig) -> None:
+        """Add an epoch, and see whether it is the best one."""
+        best = self.epochs[self.best_epoch - 1] if self.best_epoch else self.initial
+        self.epochs.append(entry)
+        if not config.patience or (
+            entry["validation_loss"] < best.get("validation_loss", math.inf)
+        ):
+            self.best_epoch, self.best = len(self.epochs), self.parameters
+
+    def finished(self, config: DescentConfig) -> bool:
+        """Whether there is no next epoch."""
+        n_epochs = len(self.epochs)
+        waited = config.patience and n_epochs - self.best_epoch >= config.patience
+        return n_epochs >= config.epochs or bool(waited)
+
+    def _tree(self) -> Any:
+        return self.parameters, self.state, self.best
+
+    def offer(self, checkpoint: Checkpoint) -> None:
+        """Have this kept."""
+        record = {
+            "initial": self.initial,
+            "epochs": self.epochs,
+            "best_epoch": self.best_epoch,
+            "rng": self.rng.bit_generator.state,
+        }
+        checkpoint.offer(
+            [np.asarray(leaf) for leaf in jax.tree.leaves(self._tree())], record
+        )
+
+    def restore(self, checkpoint: Checkpoint) -> bool:
+        """Become what was kept. Returns whether there is something."""
+        kept = checkpoint.latest()
+        if kept is None:
+            return False
+        arrays, record = kept
+        tree = self._tree()
+        leaves = [
+            jnp.asarray(array.reshape(leaf.shape))
+            for array, leaf in zip(arrays, jax.tree.leaves(tree), strict=True)
+        ]
+        restored = jax.tree.unflatten(jax.tree.structure(tree), leaves)
+        self.parameters, self.state, self.best = restored
+        self.initial = record["initial"]
+        self.epochs = record["epochs"]
+        self.best_epoch = record["best_epoch"]
+        self.rng.bit_generator.state = record["rng"]
+        logger.info("goes on after epoch %d, from a checkpoint", len(self.epochs))
+        return True
 
 
 def _shown(measures: Mapping[str, float]) -> str:

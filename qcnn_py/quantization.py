@@ -27,7 +27,7 @@ from qcnn_py.config import (
     QuantizeConfig,
     check_possible,
 )
-from qcnn_py.error_correction import CoordinateDescent
+from qcnn_py.error_correction import CoordinateDescent, available_threads
 from qcnn_py.errors import ConfigError, DatasetError, ModelFormatError
 from qcnn_py.network import (
     FloatArray,
@@ -353,10 +353,12 @@ def collect_moments(
     node = original.node(layer)
     # Behind a quantiser of activations that the original may not have.
     source = quantized_prefix.node(layer).inputs[0]
-    teacher = original.truncated(layer).compile(precision="exact")
+    threads = available_threads()
+    teacher = original.truncated(layer).compile("exact", threads=threads)
     student = None
     if source != quantized_prefix.input_name:
-        student = quantized_prefix.truncated(source).compile(precision="exact")
+        prefix = quantized_prefix.truncated(source)
+        student = prefix.compile("exact", threads=threads)
     geometry = LayerGeometry.of(node)
     shape = original.shapes[layer]
     weight = original.tensors[f"{layer}.weight"]

@@ -64,6 +64,7 @@ def build_pipeline_report(
     config: Mapping[str, Any],
     adaptations: Mapping[str, str],
     command: str,
+    files: Sequence[StrPath],
     evaluations: Sequence[StrPath],
     finetuning: Sequence[StrPath],
     distillation: Sequence[StrPath],
@@ -89,6 +90,8 @@ def build_pipeline_report(
         What the preset did to fit a layer, in words, by the layer's name.
     command
         The command line that builds the report anew.
+    files
+        What the page links to, files and folders below its own folder.
     evaluations
         ``evaluation.json`` of each replicate, in order.
     finetuning, distillation
@@ -121,7 +124,8 @@ def build_pipeline_report(
     before, *_, after = (stage["predictions"] for stage in replicates[0])
     changed = np.not_equal(before, after)
     chosen = _choose(changed, config["report"]["example_images"], config["seed"])
-    report = _common(run, config, adaptations, command, timings, benchmark)
+    links = _links(files, html_path)
+    report = _common(run, config, adaptations, command, links, timings, benchmark)
     report["size"]["file"] = _sizes(
         Path(network).stat().st_size, Path(model).stat().st_size
     )
@@ -149,6 +153,7 @@ def build_speed_report(
     config: Mapping[str, Any],
     adaptations: Mapping[str, str],
     command: str,
+    files: Sequence[StrPath],
     timings: Sequence[StrPath],
     benchmark: StrPath,
     schema: StrPath,
@@ -159,7 +164,8 @@ def build_speed_report(
 
     Parameters and errors are those of :func:`build_pipeline_report`.
     """
-    report = _common(run, config, adaptations, command, timings, benchmark)
+    links = _links(files, html_path)
+    report = _common(run, config, adaptations, command, links, timings, benchmark)
     _write(report, [], schema, json_path, html_path)
 
 
@@ -197,6 +203,7 @@ def build_comparison_report(
     run: str,
     config: Mapping[str, Any],
     command: str,
+    files: Sequence[StrPath],
     results: Sequence[StrPath],
     networks: Sequence[StrPath],
     timings: Sequence[StrPath],
@@ -210,7 +217,7 @@ def build_comparison_report(
 
     Parameters
     ----------
-    run, config, command, timings, schema, json_path, html_path
+    run, config, command, files, timings, schema, json_path, html_path
         See :func:`build_pipeline_report`.
     results
         What :func:`qcnn_py.training.train_cell` found for each cell, in order.
@@ -250,7 +257,7 @@ def build_comparison_report(
         raise ModelFormatError(f"{benchmark} or {results}: lacks {error}") from error
     environment["packages"] |= {name: metadata.version(name) for name in _PACKAGES}
     report = {
-        **_head(run, config, command, environment, timings),
+        **_head(run, config, command, _links(files, html_path), environment, timings),
         "dataset": _describe_dataset(config, Dataset.load(dataset)),
         "cells": cells,
         "race": timed,
@@ -289,10 +296,17 @@ def _describe_dataset(config: Mapping[str, Any], data: Dataset) -> dict[str, Any
     }
 
 
+def _links(files: Sequence[StrPath], html_path: StrPath) -> list[str]:
+    """Return how a page names files below its folder."""
+    folder = Path(html_path).parent
+    return [Path(file).relative_to(folder).as_posix() for file in files]
+
+
 def _head(
     run: str,
     config: Mapping[str, Any],
     command: str,
+    links: Sequence[str],
     environment: Mapping[str, Any],
     timings: Sequence[StrPath],
 ) -> dict[str, Any]:
@@ -303,6 +317,7 @@ def _head(
         "run": run,
         "title": config["report"]["title"] or run,
         "command": command,
+        "files": list(links),
         "seed": config["seed"],
         "config": config,
         "environment": environment,
@@ -315,6 +330,7 @@ def _common(
     config: Mapping[str, Any],
     adaptations: Mapping[str, str],
     command: str,
+    links: Sequence[str],
     timings: Sequence[StrPath],
     benchmark: StrPath,
 ) -> dict[str, Any]:
@@ -327,7 +343,7 @@ def _common(
         raise ModelFormatError(f"{benchmark}: lacks {error}") from error
     environment["packages"] |= {name: metadata.version(name) for name in _PACKAGES}
     return {
-        **_head(run, config, command, environment, timings),
+        **_head(run, config, command, links, environment, timings),
         "adaptations": dict(adaptations),
         "size": {"parameters": _sizes(*parameters)},
         "layers": layers,

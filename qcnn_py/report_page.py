@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 import yaml
@@ -1273,11 +1274,14 @@ def _examples(report: Mapping[str, Any], pictures: Sequence[bytes]) -> list[Exam
 # How to have it again.
 
 
-def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _facts(report: Mapping[str, Any]) -> list[tuple[str, str | Markup]]:
     environment = report["environment"]
     packages = {"python": environment["python"], **environment["packages"]}
     timed = report.get("speed") or report["race"]
+    link = Markup('<a href="{}">{}</a>')
+    links = [link.format(quote(path), path) for path in report["files"]]
     return [
+        ("files", Markup(", ").join(links)),
         ("seed", str(report["seed"])),
         ("CPU", f"{environment['cpu']}, {environment['logical_cpus']} logical"),
         ("vector units", _listing(environment["cpu_flags"])),

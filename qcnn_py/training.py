@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from qcnn_py.architectures import conv_fc
+from qcnn_py.checkpoints import Checkpoint
 from qcnn_py.config import NetworkConfig, TrainedNetworkConfig
 from qcnn_py.dataset_sources import SplitName
 from qcnn_py.datasets import Dataset
@@ -25,7 +26,10 @@ logger = logging.getLogger(__name__)
 
 
 def train_network(
-    dataset: Dataset, config: TrainedNetworkConfig, seed: int
+    dataset: Dataset,
+    config: TrainedNetworkConfig,
+    seed: int,
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[Network, dict[str, Any]]:
     """Build a network for a data set and train it.
 
@@ -37,6 +41,8 @@ def train_network(
         Architecture and training.
     seed : int
         Seed of the parameters, the order of the images and dropout.
+    checkpoint : Checkpoint, optional
+        Where to go on from, and to keep how far this got.
 
     Returns
     -------
@@ -51,7 +57,8 @@ def train_network(
         If the architecture does not fit the images, or as `Training.fit`.
     """
     network = _draw(dataset, config, seed)
-    return _train(_training(network, config), network, dataset, config, seed)
+    training = _training(network, config)
+    return _train(training, network, dataset, config, seed, checkpoint)
 
 
 def _draw(dataset: Dataset, config: TrainedNetworkConfig, seed: int) -> Network:
@@ -92,6 +99,7 @@ def _train(
     dataset: Dataset,
     config: TrainedNetworkConfig,
     seed: int,
+    checkpoint: Checkpoint | None,
 ) -> tuple[Network, dict[str, Any]]:
     """Return the trained network, as it is stored, and its history."""
 
@@ -104,6 +112,7 @@ def _train(
         examples("validation"),
         seed,
         prepare=dataset.preprocessing.normalize,
+        checkpoint=checkpoint,
     )
     return _stored(trained, config), history
 
@@ -150,7 +159,10 @@ def _stored(network: Network, config: TrainedNetworkConfig) -> Network:
 
 
 def train_cell(
-    datasets: Sequence[Dataset], config: TrainedNetworkConfig, seed: int
+    datasets: Sequence[Dataset],
+    config: TrainedNetworkConfig,
+    seed: int,
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[Network, dict[str, Any]]:
     """Train a network once per replicate and measure its accuracy.
 
@@ -162,6 +174,8 @@ def train_cell(
         See `train_network`.
     seed : int
         Replicate `i` uses ``seed + i``.
+    checkpoint : Checkpoint, optional
+        Where to go on from, and to keep how far this got.
 
     Returns
     -------
@@ -183,7 +197,8 @@ def train_cell(
         drawn = _draw(dataset, config, seed + number)
         # Replicates differ in images and parameters, not in what is compiled.
         training = training or _training(drawn, config)
-        network, history = _train(training, drawn, dataset, config, seed + number)
+        part = checkpoint and checkpoint.part(str(number))
+        network, history = _train(training, drawn, dataset, config, seed + number, part)
         accuracy = evaluate(network, dataset)
         del accuracy["predictions"]
         logger.info("replicate %d: top-1 %.4f", number, accuracy["top1"])
@@ -193,7 +208,10 @@ def train_cell(
 
 
 def prepare_network(
-    config: NetworkConfig, dataset: Dataset, seed: int
+    config: NetworkConfig,
+    dataset: Dataset,
+    seed: int,
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[Network, dict[str, Any]]:
     """Train a network, or read a trained one and see that it fits the data set.
 
@@ -204,6 +222,8 @@ def prepare_network(
     dataset : Dataset
         The images the network is for.
     seed : int
+        See `train_network`.
+    checkpoint : Checkpoint, optional
         See `train_network`.
 
     Returns
@@ -227,7 +247,7 @@ def prepare_network(
         If the file cannot be read.
     """
     if isinstance(config, TrainedNetworkConfig):
-        return train_network(dataset, config, seed)
+        return train_network(dataset, config, seed, checkpoint)
     network = read_network(config.path)
     class_names = network.metadata.get("class_names", list(dataset.class_names))
     requirements: tuple[tuple[str, Any, Any], ...] = (

@@ -7,15 +7,18 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from qcnn_py.checkpoints import Checkpoint
 from qcnn_py.config import LayerShape
 from qcnn_py.errors import ModelFormatError, QcnnError
 
@@ -137,6 +140,29 @@ def reporting(log: str | os.PathLike[str]) -> Iterator[None]:
     except Exception:
         logger.exception("unexpected error")
         raise
+
+
+@contextmanager
+def checkpoint_of(stage: Any) -> Iterator[Checkpoint]:
+    """Yield a checkpoint beside a stage's first output, removed when it has succeeded.
+
+    It fits the same stage alone: settings and code as the stage's parameters have them,
+    and input files that nobody wrote since.
+
+    Parameters
+    ----------
+    stage : snakemake.script.Snakemake
+        The object that Snakemake gives a script.
+    """
+    files = {path: Path(path).stat() for path in stage.input}
+    state = {
+        "parameters": dict(stage.params.items()),
+        "files": {path: (x.st_size, x.st_mtime_ns) for path, x in files.items()},
+    }
+    text = json.dumps(state, sort_keys=True)
+    folder = Path(f"{stage.output[0]}.checkpoint")
+    yield Checkpoint(folder, hashlib.sha256(text.encode()).hexdigest())
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_layer_shapes(path: str | os.PathLike[str]) -> list[LayerShape]:

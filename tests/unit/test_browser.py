@@ -17,7 +17,7 @@ from qcnn_py.inspection import html_page
 from qcnn_py.report_page import render, render_index
 
 ROOT = Path(__file__).parents[2]
-REPORTS = sorted((ROOT / "docs" / "example-report").glob("*.json"))
+REPORTS = sorted((ROOT / "docs" / "example-report").glob("*/report.json"))
 BROWSERS = ("google-chrome", "chromium", "chromium-browser")
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 
@@ -54,7 +54,7 @@ def inspection_page() -> str:
 
 def index_page() -> str:
     reports = [json.loads(path.read_text()) for path in REPORTS]
-    for report in list(reports):
+    for report in [each for each in reports if each["kind"] != "activations"]:
         for number in range(4):
             other = copy.deepcopy(report)
             other["title"] = f"a run with a rather long name, number {number}"
@@ -66,7 +66,7 @@ def index_page() -> str:
     return render_index([("somewhere/report.html", each) for each in reports])
 
 
-PAGES = {path.stem: lambda path=path: report_page(path) for path in REPORTS}
+PAGES = {path.parent.name: lambda path=path: report_page(path) for path in REPORTS}
 PAGES["inspect"] = inspection_page
 PAGES["index"] = index_page
 

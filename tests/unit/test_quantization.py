@@ -268,6 +268,15 @@ def test_memory_limit_on_batches(network, images, monkeypatch) -> None:
     np.testing.assert_allclose(moments.gram, expected.gram)
 
 
+def test_threads_change_nothing(network, images, monkeypatch) -> None:
+    results = []
+    for threads in ("1", "3"):
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        settings = LayerSettings(n_centroids=16)
+        results.append(quantize_layer(network, network, "second", images, settings))
+    assert_same(*results)
+
+
 def test_shards_of_moments(network, images) -> None:
     parts = [
         collect_moments(network, network, "second", part, SETTINGS)

@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import jsonschema
 import numpy as np
@@ -175,6 +176,7 @@ def build(folder: Path, artefacts: dict, kind: str = "pipeline") -> tuple[dict, 
         config=config(kind),
         adaptations={"fc2": "left dense: only 3 sub-vectors"},
         command="snakemake --cores 1 results/tiny/report.html",
+        files=[folder / "report.json", folder / "layers" / "a%2Fb.json"],
         schema=SCHEMA,
         json_path=folder / "report.json",
         html_path=folder / "report.html",
@@ -194,6 +196,13 @@ def built(request, artefacts, comparison, tmp_path_factory) -> tuple[dict, str]:
 @pytest.fixture(scope="module")
 def pipeline(artefacts, tmp_path_factory) -> dict:
     return build(tmp_path_factory.mktemp("report"), artefacts)[0]
+
+
+def test_files_are_linked_relative_to_the_page(built):
+    report, page = built
+    links = re.findall(r'<a href="([^"]*)">', page)
+    assert [unquote(link) for link in links] == report["files"]
+    assert "report.json" in links
 
 
 CELLS = {
@@ -243,6 +252,7 @@ def comparison(tmp_path_factory) -> tuple[dict, str]:
         run="tiny",
         config={**config("activations"), "cells": defaults},
         command="snakemake --cores 1 results/tiny/report.html",
+        files=[folder / "report.json"],
         results=results,
         networks=files,
         timings=[timing(folder / "train_cell.float.tsv", 2.5)],
@@ -427,7 +437,7 @@ def test_page_is_well_formed_and_self_contained(built):
     tags = {tag for tag, _ in page.elements}
     assert tags.isdisjoint({"script", "link", "iframe", "object", "embed", "base"})
     for _, attributes in page.elements:
-        for name in ("src", "href", "srcset", "data", "poster"):
+        for name in ("src", "srcset", "data", "poster"):
             if name in attributes:
                 assert attributes[name].startswith(("data:image/png;base64,", "#"))
     assert "url(" not in built[1]

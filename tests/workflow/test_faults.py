@@ -47,8 +47,8 @@ def test_surroundings_change_nothing(fresh, finished):
 
 
 @pytest.fixture
-def small_disk(workspace):
-    """Move the results to a disk of their own; return a function that fills it."""
+def disk(workspace):
+    """Move the results to a disk of their own; return where it is mounted."""
     results = workspace.path / "results"
     kept = results.rename(workspace.path / "kept")
     results.mkdir()
@@ -57,15 +57,21 @@ def small_disk(workspace):
     if done.returncode:
         pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
     shutil.copytree(kept, results, dirs_exist_ok=True)
-    ballast = results / "ballast"
+    yield results
+    subprocess.run(["umount", "--lazy", str(results)], check=True)
+
+
+@pytest.fixture
+def small_disk(disk):
+    """Return a function that fills the disk with the results."""
+    ballast = disk / "ballast"
 
     def leave(room):
-        disk = os.statvfs(results)
-        ballast.write_bytes(bytes(disk.f_bavail * disk.f_frsize - room))
+        state = os.statvfs(disk)
+        ballast.write_bytes(bytes(state.f_bavail * state.f_frsize - room))
         return ballast
 
-    yield leave
-    subprocess.run(["umount", "--lazy", str(results)], check=True)
+    return leave
 
 
 def test_full_disk(small_disk, workspace, finished):
@@ -80,6 +86,20 @@ def test_full_disk(small_disk, workspace, finished):
     assert str(folder) in error
     assert not path.exists()
     ballast.unlink()
+    assert remade(workspace, finished, path)
+
+
+def test_read_only_results(disk, workspace, finished):
+    path = workspace.replicate / "dataset.safetensors"
+    path.unlink()
+    kept = workspace.artefacts()
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    done = workspace.run(str(path.relative_to(workspace.path)))
+    assert done.returncode == 1
+    assert "results: expected a folder to write to: Read-only file" in done.stdout
+    assert "Traceback" not in done.stdout
+    assert workspace.artefacts() == kept
+    subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
     assert remade(workspace, finished, path)
 
 

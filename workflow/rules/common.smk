@@ -75,14 +75,18 @@ def lock_results():
     the default profile turns it off.
     """
     results = Path(CONFIG.results)
-    results.mkdir(parents=True, exist_ok=True)
     # Held until the process ends, as long as this name exists.
     global lock_file
-    lock_file = (results / ".lock").open("w")
     try:
+        results.mkdir(parents=True, exist_ok=True)
+        lock_file = (results / ".lock").open("w")
         fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise WorkflowError(f"{results}: another Snakemake is working here") from None
+    except OSError as error:
+        raise WorkflowError(
+            f"{results}: expected a folder to write to: {error.strerror}"
+        ) from None
 
 
 def code_of(rule):

@@ -37,6 +37,7 @@ rule report_speed:
             f"{RUN}/timings/draw_network.tsv",
             f"{RUN}/timings/benchmark_model.tsv",
         ],
+        model=f"{RUN}/model.qcnn",
         benchmark=rules.benchmark_model.output.benchmark,
     output:
         json=f"{RUN}/report.json",

@@ -5,9 +5,9 @@ from qcnn_py.config import OptimizerConfig
 from qcnn_py.finetuning import Features, finetune_fc
 from qcnn_py.network import Network
 from qcnn_py.quantization import apply_layers
-from qcnn_py.workflow import reporting
+from qcnn_py.workflow import checkpoint_of, reporting
 
-with reporting(snakemake.log[0]):
+with reporting(snakemake.log[0]), checkpoint_of(snakemake) as checkpoint:
     network = apply_layers(
         Network.load(snakemake.input.network), snakemake.input.layers
     )
@@ -17,6 +17,7 @@ with reporting(snakemake.log[0]):
         OptimizerConfig.from_mapping(snakemake.params.config),
         snakemake.params.seed,
         snakemake.params.noise,
+        checkpoint,
     )
     finetuned.save(snakemake.output.network)
     save_json(snakemake.output.history, history)

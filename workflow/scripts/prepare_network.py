@@ -6,13 +6,14 @@ from qcnn_py.artefacts import save_json
 from qcnn_py.config import NetworkConfig
 from qcnn_py.datasets import Dataset
 from qcnn_py.training import prepare_network
-from qcnn_py.workflow import reporting
+from qcnn_py.workflow import checkpoint_of, reporting
 
-with reporting(snakemake.log[0]):
+with reporting(snakemake.log[0]), checkpoint_of(snakemake) as checkpoint:
     network, history = prepare_network(
         TypeAdapter(NetworkConfig).validate_python(snakemake.params.config),
         Dataset.load(snakemake.input.dataset),
         snakemake.params.seed,
+        checkpoint,
     )
     network.save(snakemake.output.network)
     save_json(snakemake.output.history, history)

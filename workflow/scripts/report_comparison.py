@@ -10,6 +10,12 @@ with reporting(snakemake.log[0]):
         run=snakemake.wildcards.run,
         config=snakemake.params.config,
         command=f"snakemake --cores 1 {snakemake.output.html}",
+        files=[
+            *snakemake.input.networks,
+            snakemake.output.json,
+            snakemake.input.benchmark,
+            Path(snakemake.log[0]).parent,
+        ],
         results=snakemake.input.results,
         networks=snakemake.input.networks,
         timings=snakemake.input.timings,

@@ -11,6 +11,12 @@ with reporting(snakemake.log[0]):
         config=snakemake.params.config,
         adaptations=snakemake.params.adaptations,
         command=f"snakemake --cores 1 {snakemake.output.html}",
+        files=[
+            snakemake.input.model,
+            snakemake.output.json,
+            snakemake.input.benchmark,
+            Path(snakemake.log[0]).parent,
+        ],
         evaluations=snakemake.input.evaluations,
         finetuning=snakemake.input.finetuning,
         distillation=snakemake.input.distillation,
