@@ -547,6 +547,17 @@ def test_more_codebooks_lose_less(network, images) -> None:
         assert more.kmeans_relative_error < fewer.kmeans_relative_error
 
 
+def test_more_codebooks_repeat(network, images, tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"codebook_groups": 6})
+    contents = []
+    for _ in range(2):
+        layer = quantize_layer(network, network, "second", images, settings, seed=3)
+        layer.save(tmp_path / "layer.safetensors")
+        contents.append((tmp_path / "layer.safetensors").read_bytes())
+    assert contents[0] == contents[1]
+    assert QuantizedLayer.load(tmp_path / "layer.safetensors").settings == settings
+
+
 def test_layers_that_cannot_be_quantized(network, images) -> None:
     with pytest.raises(ConfigError, match="layer is 'fifth', expected one of 'first'"):
         quantize_layer(network, network, "fifth", images, SETTINGS)
