@@ -249,7 +249,7 @@ def _draw_weights(
         return _DENSE, {"weight": _he_normal(shape, fan_in, rng)}
     n_centroids, dsub = settings.n_centroids, settings.subvector_dim
     n_subspaces = -(-channels // dsub)
-    n_sets = groups if settings.codebook_groups == "per_group" else 1
+    n_sets = settings.codebook_sets(groups)
     codebooks = _he_normal((n_sets, n_subspaces, n_centroids, dsub), fan_in, rng)
     # Coordinates behind the last channel are padding.
     padding = n_subspaces * dsub - channels

@@ -55,6 +55,8 @@ class LayerShape(NamedTuple):
         Groups of a convolution.
     depthwise : bool
         Whether it is a convolution with one input channel per group.
+    n_positions : int
+        Kernel positions of a convolution.
     """
 
     name: str
@@ -63,6 +65,7 @@ class LayerShape(NamedTuple):
     n_inputs: int | None = None
     groups: int = 1
     depthwise: bool = False
+    n_positions: int = 1
 
 
 class LayerPlan(NamedTuple):
@@ -156,11 +159,15 @@ class LayerSettings(Section):
             "padded with zeros where it does not divide the channels."
         ),
     )
-    codebook_groups: Literal["shared", "per_group"] = Field(
-        default="shared",
-        description=(
-            "Grouped convolution: one set of codebooks for all groups, or one each."
-        ),
+    codebook_groups: Literal["shared", "per_group"] | Annotated[int, Field(ge=1)] = (
+        Field(
+            default="shared",
+            description=(
+                "Convolution: one set of codebooks for all groups, or one each, or "
+                "this many sets, each for an equal part of the outputs. More sets "
+                "are more exact; they take room, and time to make tables of."
+            ),
+        )
     )
     codebook_bits: Literal[32, 16, 8] = Field(
         default=16,
@@ -258,6 +265,16 @@ class LayerSettings(Section):
     bias_correction: bool = Field(
         default=True, description="Take the mean response error into the bias."
     )
+
+    def codebook_sets(self, groups: int) -> int:
+        """Return the sets of codebooks of a layer of so many groups."""
+        match self.codebook_groups:
+            case "shared":
+                return 1
+            case "per_group":
+                return groups
+            case n_sets:
+                return n_sets
 
     @property
     def augmented_images(self) -> int:
@@ -440,10 +457,20 @@ class QuantizeConfig(LayerOverrides):
 
 
 def _per_codebook(settings: LayerSettings, layer: LayerShape) -> int | None:
-    """Return the sub-vectors that share a codebook."""
-    if layer.n_vectors is None or settings.codebook_groups == "shared":
-        return layer.n_vectors
-    return layer.n_vectors // layer.groups
+    """Return the sub-vectors that share a codebook; refuse sets that are not equal."""
+    n_sets = settings.codebook_sets(layer.groups)
+    got = f"quantize.layers.{layer.name}.codebook_groups: got {n_sets}, expected 1"
+    if layer.kind == "fc" and n_sets > 1:
+        raise ConfigError(f"{got}: a fully connected layer has one set")
+    if layer.n_vectors is None:
+        return None
+    n_outputs = layer.n_vectors // layer.n_positions
+    if n_sets > 1 and (n_sets % layer.groups or n_outputs % n_sets):
+        raise ConfigError(
+            f"{got} or a multiple of the layer's {layer.groups} groups that divides "
+            f"its {n_outputs} outputs"
+        )
+    return layer.n_vectors // n_sets
 
 
 def _adapted(
@@ -470,7 +497,8 @@ def check_possible(settings: LayerSettings, layer: LayerShape) -> None:
     Raises
     ------
     ConfigError
-        If there are more codewords than sub-vectors, or statistics of the layer would
+        If outputs cannot be cut into as many parts as there are sets of codebooks, if
+        there are more codewords than sub-vectors, or if statistics of the layer would
         not fit into :data:`STATISTICS_BYTES`.
     """
     where = f"quantize.layers.{layer.name}"
@@ -485,7 +513,9 @@ def check_possible(settings: LayerSettings, layer: LayerShape) -> None:
     width = layer.n_inputs
     if layer.kind == "fc":
         width = min(width, settings.augmented_images)
-    most = STATISTICS_BYTES // (8 * layer.n_inputs * layer.groups)
+    # Each set of codebooks is fitted to moments of its own.
+    sets = max(layer.groups, settings.codebook_sets(layer.groups))
+    most = STATISTICS_BYTES // (8 * layer.n_inputs * sets)
     if width > most:
         copies = settings.augmented_copies
         beside = f" and {copies} augmented copies of each" if copies else ""
@@ -834,7 +864,9 @@ class TrainedNetworkConfig(Section):
         inputs = (None, *(taps * n for n in self.conv_channels))
         return (
             *(
-                LayerShape(f"conv{i + 1}", "conv", taps * n, inputs[i])
+                LayerShape(
+                    f"conv{i + 1}", "conv", taps * n, inputs[i], n_positions=taps
+                )
                 for i, n in enumerate(self.conv_channels)
             ),
             *(
@@ -1147,6 +1179,7 @@ class SpeedConfig(Section):
                 name,
                 "conv" if len(shape) == 4 else "fc",
                 shape[0] * prod(shape[2:]),
+                n_positions=prod(shape[2:]),
             )
             for name, shape in shapes.items()
         )

@@ -27,7 +27,12 @@ from scipy.linalg import cho_factor, cho_solve
 from qcnn_py import _engine
 from qcnn_py.product_quantizer import cluster
 from qcnn_py.quadratics import MomentQuadratic, Quadratic, SampleQuadratic
-from qcnn_py.statistics import Array64, ResponseError, SampleError
+from qcnn_py.statistics import (
+    Array64,
+    ResponseError,
+    SampleError,
+    outputs_in_parts,
+)
 
 __all__ = ["CoordinateDescent", "available_threads"]
 
@@ -67,8 +72,8 @@ class CoordinateDescent:
         Kernel positions; 1 for a fully connected layer.
     n_centroids, subvector_dim : int
         Codewords per subspace and their length.
-    shared : bool
-        One set of codebooks for all groups instead of one per group.
+    n_sets : int
+        Sets of codebooks: 1, or one each for equal parts of the outputs of every group.
     damping : float
         See above.
     """
@@ -81,9 +86,16 @@ class CoordinateDescent:
         n_positions: int,
         n_centroids: int,
         subvector_dim: int,
-        shared: bool,
+        n_sets: int,
         damping: float,
     ) -> None:
+        parts = max(1, n_sets // len(original))
+        if parts > 1:
+            # Groups of a set each, some of which read the same inputs. Layers whose
+            # samples are kept have one set.
+            assert isinstance(error, ResponseError)
+            error = error.in_parts(parts)
+            original = outputs_in_parts(original, parts)
         groups, n_rows, n_outputs = original.shape
         channels = n_rows // n_positions
         starts = range(0, channels, subvector_dim)
@@ -102,9 +114,8 @@ class CoordinateDescent:
             if isinstance(error, SampleError)
             else MomentQuadratic(error, ordered, order, damping)
         )
-        self._sets = (
-            [slice(0, groups)] if shared else [slice(g, g + 1) for g in range(groups)]
-        )
+        set_groups = groups // n_sets
+        self._sets = [slice(g, g + set_groups) for g in range(0, groups, set_groups)]
         self._shape = (len(self._sets), len(starts), n_centroids, subvector_dim)
         self._books = [
             np.zeros((len(self._sets), n_centroids, dim)) for dim in self._dims

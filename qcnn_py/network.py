@@ -91,8 +91,9 @@ class QuantizedWeights:
 
     Attributes
     ----------
-    codebooks : ndarray of float32, shape (M, K, dsub) or (groups, M, K, dsub)
-        Codewords of each subspace, one set for all groups or one per group.
+    codebooks : ndarray of float32, shape (M, K, dsub) or (sets, M, K, dsub)
+        Codewords of each subspace, one set for all outputs or one each for equal parts
+        of the outputs of every group.
         Where ``dsub`` does not divide the channels the last sub-vector is
         padded with zeros.
     codes : ndarray of uint8 or uint16
@@ -537,6 +538,8 @@ class Network:
         n_codes = output_shape[0] * prod(kernel) * n_subspaces
         code_bits = max(1, (n_centroids - 1).bit_length())
         n_sets, codebook_bits = pq["codebook_groups"], pq["codebook_bits"]
+        # Those of an input channel: each set of its group makes one.
+        tables = max(1, n_sets // groups)
         codebook_bytes = codebook_bits // 8 * n_sets * n_centroids * channels
         if codebook_bits == 8:
             # The scales.
@@ -548,7 +551,7 @@ class Network:
             subvector_dim=pq["subvector_dim"],
             codebook_bits=codebook_bits,
             bytes=codebook_bytes + -(-n_codes * code_bits // 8) + bias_bytes,
-            operations=prod(input_shape) * n_centroids + positions * n_codes,
+            operations=tables * prod(input_shape) * n_centroids + positions * n_codes,
         )
 
     def replace(

@@ -501,7 +501,7 @@ def _correct_weights(
         n_positions=prod(layer.kernel),
         n_centroids=settings.n_centroids,
         subvector_dim=settings.subvector_dim,
-        shared=settings.codebook_groups == "shared",
+        n_sets=settings.codebook_sets(layer.groups),
         damping=settings.damping,
     )
     if method == "gptvq":
@@ -539,6 +539,7 @@ def layer_shape(layer: LayerInfo) -> LayerShape:
         n_inputs=layer.channels * positions,
         groups=layer.groups,
         depthwise=layer.depthwise,
+        n_positions=positions,
     )
 
 
@@ -561,7 +562,7 @@ def _cluster_weights(
     # (groups, outputs of a group, kernel positions, channels)
     vectors = weight.reshape(layer.groups, -1, layer.channels, prod(layer.kernel))
     vectors = vectors.swapaxes(2, 3)
-    n_sets = 1 if settings.codebook_groups == "shared" else layer.groups
+    n_sets = settings.codebook_sets(layer.groups)
     quantizers = [
         ProductQuantizer(
             settings.n_centroids,

@@ -318,8 +318,8 @@ def _layer_writers(
         codebooks, codes = weights.codebooks, weights.codes
         if codebooks.ndim == 4 and len(codebooks) > 1:
             raise ConfigError(
-                f"layer {name!r} has {len(codebooks)} sets of codebooks, one for each "
-                "group, expected one for all groups, as the original shares it"
+                f"layer {name!r} has {len(codebooks)} sets of codebooks, "
+                "expected one for all outputs, as the original shares it"
             )
         yield files.codebooks, array(codebooks.reshape(codebooks.shape[-3:]))
         yield files.packed_codes, lambda file: write_packed_codes(file, codes)

@@ -36,6 +36,7 @@ __all__ = [
     "draw_positions",
     "load_merged",
     "load_statistics",
+    "outputs_in_parts",
 ]
 
 Array64 = npt.NDArray[np.float64]
@@ -134,6 +135,33 @@ class ResponseError:
         product -= 2 * self.cross
         # Rounding may push an exact fit below zero.
         return max(0.0, float(np.vdot(product, weight)) + self.constant)
+
+    def in_parts(self, parts: int) -> ResponseError:
+        """Return the same with equal parts of each group's outputs as groups.
+
+        The weights that it takes are those that :func:`outputs_in_parts` returns.
+        """
+        cross = outputs_in_parts(self.cross, parts)
+        return ResponseError(np.repeat(self.gram, parts, axis=0), cross, self.constant)
+
+
+def outputs_in_parts(columns: Array64, parts: int) -> Array64:
+    """Cut the outputs of each group into equal parts, groups of their own.
+
+    Parameters
+    ----------
+    columns : ndarray of float64, shape (groups, p, outputs)
+        A column for each output.
+    parts : int
+        Divides the outputs of a group.
+
+    Returns
+    -------
+    ndarray of float64, shape (groups * parts, p, outputs / parts)
+    """
+    groups, n_rows, _ = columns.shape
+    cut = columns.reshape(groups, n_rows, parts, -1).swapaxes(1, 2)
+    return cut.reshape(groups * parts, n_rows, -1)
 
 
 @dataclass(frozen=True)

@@ -203,6 +203,7 @@ def read_layer_shapes(path: str | os.PathLike[str]) -> list[LayerShape]:
                             n_inputs=prod(size[1:]),
                             groups=groups,
                             depthwise=groups > 1 and size[1] == 1,
+                            n_positions=prod(size[2:]),
                         )
                     )
             return shapes

@@ -138,7 +138,7 @@ def test_layer_bytes_are_those_of_the_file(builder: NetworkBuilder) -> None:
 def test_codes_can_be_unpacked_with_numpy(k: int, dsub: int, groups: int) -> None:
     """The few lines of docs/format.md."""
     builder = NetworkBuilder((4 * groups, 3, 3))
-    quantized = Quantized(k, dsub, per_group=True)
+    quantized = Quantized(k, dsub, parts=1)
     builder.conv(2 * groups, 2, groups=groups, name="conv", quantized=quantized)
     network = builder.build()
     entry, stored = contents_of(save(network))

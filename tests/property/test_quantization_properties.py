@@ -93,8 +93,9 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     """A layer, samples of it, and settings of the descent."""
     groups, positions = draw(st.integers(1, 3)), draw(st.integers(1, 4))
     channels, outputs = draw(st.integers(1, 7)), draw(st.integers(1, 9))
-    shared = draw(st.booleans())
-    most = outputs * positions * (groups if shared else 1)
+    parts = draw(st.sampled_from([n for n in range(1, 10) if outputs % n == 0]))
+    n_sets = draw(st.sampled_from([1, groups * parts]))
+    most = outputs * positions * groups // n_sets
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     samples = draw(st.integers(1, 60))
     n_inputs = channels * positions
@@ -106,7 +107,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
             "n_positions": positions,
             "n_centroids": draw(st.integers(1, most)),
             "subvector_dim": draw(st.integers(1, channels + 1)),
-            "shared": shared,
+            "n_sets": n_sets,
             "damping": draw(st.sampled_from([0.0, 0.01, 1.0])),
         },
     }

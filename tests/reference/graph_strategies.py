@@ -44,7 +44,7 @@ def quantizations(draw: st.DrawFn) -> Quantized | Binary | None:
         n_centroids=draw(st.sampled_from([1, 2, 3, 16, 31, 64, 256, 257])),
         # Long sub-vectors too: without them the engine would decode, not look up.
         subvector_dim=draw(st.integers(1, 16)),
-        per_group=draw(st.booleans()),
+        parts=draw(st.integers(0, 3)),
         codebook_bits=draw(st.sampled_from([32, 16, 8])),
     )
 

@@ -46,19 +46,19 @@ def respond(network: Any, node: Any, values: Mapping[str, Array]) -> Array:
 def decode_conv(codebooks: Array, codes: Array, channels: int) -> Array:
     """Dense ``(C_out, channels, kh, kw)`` of codes ``(C_out, kh, kw, M)``.
 
-    ``codebooks`` is ``(M, K, dsub)``, or ``(groups, M, K, dsub)`` where every
-    group of output channels has its own. ``channels`` are those of one group.
+    ``codebooks`` is ``(M, K, dsub)``, or ``(sets, M, K, dsub)`` where equal parts
+    of the output channels have their own. ``channels`` are those of one group.
     """
     n_out, height, width, n_subspaces = codes.shape
-    per_group = codebooks if codebooks.ndim == 4 else codebooks[None]
-    group_size = n_out // len(per_group)
-    dsub = per_group.shape[-1]
+    sets = codebooks if codebooks.ndim == 4 else codebooks[None]
+    set_outputs = n_out // len(sets)
+    dsub = sets.shape[-1]
     weight = np.zeros((n_out, n_subspaces * dsub, height, width))
     for o in range(n_out):
         for y in range(height):
             for x in range(width):
                 for m in range(n_subspaces):
-                    codeword = per_group[o // group_size, m, codes[o, y, x, m]]
+                    codeword = sets[o // set_outputs, m, codes[o, y, x, m]]
                     weight[o, m * dsub : (m + 1) * dsub, y, x] = codeword
     return weight[:, :channels]
 

@@ -21,7 +21,9 @@ class Quantized:
 
     n_centroids: int
     subvector_dim: int
-    per_group: bool = False
+    # Sets of codebooks per group of a convolution, if they can be equal; 0 is one for
+    # all groups.
+    parts: int = 0
     codebook_bits: int = 32
 
 
@@ -198,7 +200,10 @@ class NetworkBuilder:
             return {"type": "binary"}, tensors
         k, dsub = quantized.n_centroids, quantized.subvector_dim
         m = -(-channels // dsub)
-        sets = groups if quantized.per_group else 1
+        parts = quantized.parts
+        if parts and (not taps or outputs // groups % parts):
+            parts = 1
+        sets = groups * parts or 1
         codebooks = self.normal(sets, m, k, dsub, scale=scale)
         codebooks[:, -1, :, channels - (m - 1) * dsub :] = 0
         codebooks = rounded_codebooks(codebooks, quantized.codebook_bits)

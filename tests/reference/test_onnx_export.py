@@ -34,7 +34,8 @@ def test_compact_weights_are_those_of_the_codes(
     n_centroids: int, tmp_path: Path
 ) -> None:
     builder = NetworkBuilder((6, 9, 9))
-    builder.conv(8, 3, groups=2, quantized=Quantized(n_centroids, 2, per_group=True))
+    builder.conv(8, 3, groups=2, quantized=Quantized(n_centroids, 2, parts=1))
+    builder.conv(6, 1, groups=2, quantized=Quantized(n_centroids, 2, parts=3))
     builder.conv(15, 2, groups=1, quantized=Quantized(n_centroids, 3))
     builder.fc(7, quantized=Quantized(n_centroids, 4))
     network, images = builder.build(), builder.images(2)

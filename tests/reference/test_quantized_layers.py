@@ -164,7 +164,12 @@ LARGE = {
     "groups": (
         (72, 40, 41),
         {"out_channels": 99, "groups": 3, "padding": 1},
-        Quantized(32, 12, per_group=True),
+        Quantized(32, 12, parts=1),
+    ),
+    "parts": (
+        (48, 40, 41),
+        {"out_channels": 132, "groups": 2, "padding": 1},
+        Quantized(32, 12, parts=2),
     ),
 }
 

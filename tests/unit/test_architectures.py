@@ -140,6 +140,7 @@ def test_drawn_alexnet_follows_its_settings() -> None:
             "layers": {
                 "conv1": {"dense": True},
                 "conv2": {"codebook_groups": "per_group", "subvector_dim": 7},
+                "conv3": {"codebook_groups": 3},
                 "fc6": {"dense": True},
                 "fc8": {"n_centroids": 300},
             },
@@ -151,6 +152,7 @@ def test_drawn_alexnet_follows_its_settings() -> None:
     assert tensors["conv2.codebooks"].shape == (2, 7, 16, 7)
     assert not tensors["conv2.codebooks"][:, -1, :, -1].any()
     assert tensors["conv2.codebooks"][:, -1, :, -2].all()
+    assert tensors["conv3.codebooks"].shape[0] == 3
     assert tensors["conv3.codes"].shape == (384, 3, 3, 64)
     assert tensors["conv3.codes"].max() == 15
     assert tensors["fc8.codes"].dtype == np.uint16

@@ -431,7 +431,7 @@ def test_exponents_without_a_point_are_numbers():
 def test_layers_of_a_trained_network():
     network = TrainedNetworkConfig(conv_channels=(4,), fc_features=(8, 9))
     assert network.layers(n_classes=10) == (
-        LayerShape("conv1", "conv", 4 * 9),
+        LayerShape("conv1", "conv", 4 * 9, n_positions=9),
         LayerShape("fc1", "fc", 8),
         LayerShape("fc2", "fc", 9, 8),
         LayerShape("fc3", "fc", 10, 9),
@@ -439,7 +439,7 @@ def test_layers_of_a_trained_network():
     assert network.layers(None)[-1].n_vectors is None
 
 
-CONV = LayerShape("conv", "conv", n_vectors=288, n_inputs=27, groups=2)
+CONV = LayerShape("conv", "conv", n_vectors=288, n_inputs=27, groups=2, n_positions=9)
 FC = LayerShape("fc", "fc", n_vectors=100, n_inputs=4096)
 LAST = LayerShape("last", "fc", n_vectors=10, n_inputs=100)
 
@@ -495,13 +495,34 @@ class TestPlan:
                 },
                 "got 200, expected at most 144",
             ),
+            (
+                {"exclude": ["last"], "layers": {"fc": {"codebook_groups": 4}}},
+                r"quantize\.layers\.fc\.codebook_groups: got 4, expected 1: a fully",
+            ),
+            (
+                {"exclude": ["fc", "last"], "conv": {"codebook_groups": 9}},
+                r"got 9, expected 1 or a multiple of the layer's 2 groups that divides "
+                "its 32 outputs",
+            ),
+            (
+                {"exclude": ["fc", "last"], "conv": {"codebook_groups": 6}},
+                "got 6, expected 1 or a multiple",
+            ),
             ({"exclude": ["lost"]}, r"quantize\.exclude\.0: got 'lost': the .*'last'"),
             (
                 {"exclude": ["fc"], "layers": {"fc": {"n_centroids": 4}}},
                 r"quantize\.exclude: got fc, which quantize\.layers has settings for",
             ),
         ],
-        ids=["codewords", "codewords of a group", "unknown layer", "twice"],
+        ids=[
+            "codewords",
+            "codewords of a group",
+            "sets of a fully connected layer",
+            "sets of no group",
+            "sets of unequal parts",
+            "unknown layer",
+            "twice",
+        ],
     )
     def test_impossible_settings(self, settings, message):
         with pytest.raises(ConfigError, match=message):

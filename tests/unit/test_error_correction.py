@@ -17,7 +17,8 @@ CASES: dict[str, dict[str, Any]] = {
     "conv, padded": {"positions": 4, "channels": 7},
     "conv, one subspace": {"positions": 6, "channels": 3, "outputs": 10},
     "groups, shared": {"groups": 3, "positions": 2},
-    "groups, one set each": {"groups": 3, "positions": 2, "shared": False},
+    "groups, one set each": {"groups": 3, "positions": 2, "n_sets": 3},
+    "groups, two sets each": {"groups": 2, "positions": 2, "n_sets": 4},
     "depthwise": {"groups": 6, "channels": 1, "outputs": 1, "positions": 9},
     "several windows": {"channels": 36, "positions": 4},
     "more inputs than samples": {"channels": 40, "samples": 12},
@@ -35,7 +36,7 @@ class Problem:
     targets: np.ndarray
     weight: np.ndarray
     positions: int
-    shared: bool
+    n_sets: int
     damping: float
 
     def moments(self) -> SecondMoments:
@@ -51,7 +52,7 @@ class Problem:
             n_positions=self.positions,
             n_centroids=n_centroids,
             subvector_dim=subvector_dim,
-            shared=self.shared,
+            n_sets=self.n_sets,
             damping=self.damping,
         )
         descent.seed(n_init=1, seed=0)
@@ -67,13 +68,20 @@ class Problem:
             + (ridge[:, None, None] * (weight - self.weight) ** 2).sum()
         )
 
+    def set_of(self, group: int, output: int) -> int:
+        groups, _, outputs = self.weight.shape
+        return (group * outputs + output) * self.n_sets // (groups * outputs)
+
     def decode(self, codebooks: np.ndarray, codes: np.ndarray) -> np.ndarray:
         """Weights (groups, p, outputs) that codes stand for, output by output."""
         weight = np.zeros_like(self.weight)
+        groups, _, outputs = weight.shape
         subspace = np.arange(codes.shape[3])
-        for g, o in np.ndindex(codes.shape[:2]):
-            book = codebooks[0 if self.shared else g]
-            vectors = book[subspace, codes[g, o]].reshape(self.positions, -1)
+        codes = codes.reshape(groups, outputs, *codes.shape[2:])
+        for g, o in np.ndindex(groups, outputs):
+            vectors = codebooks[self.set_of(g, o)][subspace, codes[g, o]].reshape(
+                self.positions, -1
+            )
             by_channel = vectors.T.ravel()  # what is left over is padding
             weight[g, :, o] = by_channel[: weight.shape[1]]
         return weight
@@ -86,7 +94,7 @@ def make_problem(
     positions: int = 1,
     outputs: int = 12,
     samples: int = 100,
-    shared: bool = True,
+    n_sets: int = 1,
     damping: float = 0.01,
     dead: int | None = None,
     seed: int = 0,
@@ -103,7 +111,7 @@ def make_problem(
     weight = rng.standard_normal((groups, n_inputs, outputs))
     disturbance = rng.standard_normal((groups, samples, outputs))
     targets = inputs @ weight + 0.1 * disturbance + 3
-    return Problem(inputs, targets, weight, positions, shared, damping)
+    return Problem(inputs, targets, weight, positions, n_sets, damping)
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES.keys())
@@ -143,17 +151,17 @@ def test_outcome_is_a_coordinatewise_optimum(problem: Problem) -> None:
         assert problem.objective(problem.decode(codebooks + step, codes)) >= least
 
 
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("n_sets", [1, 2, 4])
 @pytest.mark.parametrize("positions", [1, 5])
-def test_codewords_solve_least_squares(positions: int, shared: bool) -> None:
+def test_codewords_solve_least_squares(positions: int, n_sets: int) -> None:
     # With one subspace the last step of a round solves for all codewords.
-    problem = make_problem(groups=2, channels=3, positions=positions, shared=shared)
+    problem = make_problem(groups=2, channels=3, positions=positions, n_sets=n_sets)
     descent = problem.descent(n_centroids=5)
     descent.run(max_rounds=2, tolerance=0)
     codebooks, codes = descent.codebooks, descent.codes
-    n_sets, _, n_centroids, _ = codebooks.shape
-    dim = 3
+    n_centroids, dim = 5, 3
     groups, samples, _ = problem.inputs.shape
+    codes = codes.reshape(groups, -1, positions, 1)
     centred = problem.inputs - problem.inputs.mean(axis=1, keepdims=True)
     targets = problem.targets - problem.targets.mean(axis=1, keepdims=True)
     ridge = np.sqrt(problem.damping * (centred**2).sum(axis=1).mean(axis=1))
@@ -162,7 +170,7 @@ def test_codewords_solve_least_squares(positions: int, shared: bool) -> None:
         design = np.zeros((samples, n_sets, n_centroids, dim))
         damping = np.zeros((positions, dim, n_sets, n_centroids, dim))
         for t, j in product(range(positions), range(dim)):
-            word = (0 if shared else g, codes[g, o, t, 0], j)
+            word = (problem.set_of(g, o), codes[g, o, t, 0], j)
             design[(slice(None), *word)] += centred[g, :, j * positions + t]
             damping[(t, j, *word)] = ridge[g]
         weight = problem.weight[g, :, o].reshape(dim, positions).T
@@ -171,8 +179,8 @@ def test_codewords_solve_least_squares(positions: int, shared: bool) -> None:
     solution, *_ = np.linalg.lstsq(np.concatenate(rows), np.concatenate(values))
     expected = solution.reshape(n_sets, n_centroids, dim)
     used = np.zeros((n_sets, n_centroids), dtype=bool)
-    for g in range(groups):
-        used[0 if shared else g, codes[g, :, :, 0]] = True
+    for g, o in np.ndindex(codes.shape[:2]):
+        used[problem.set_of(g, o), codes[g, o, :, 0]] = True
     np.testing.assert_allclose(
         codebooks[:, 0, :, :dim][used], expected[used], rtol=1e-6, atol=1e-8
     )

@@ -97,11 +97,11 @@ def test_groups(groups: int) -> None:
     check(builder)
 
 
-@pytest.mark.parametrize("per_group", [False, True])
-def test_codewords_stand_for_weights(per_group: bool) -> None:
+@pytest.mark.parametrize("parts", [0, 1, 2])
+def test_codewords_stand_for_weights(parts: int) -> None:
     builder = NetworkBuilder((10, 4, 4))
     # Five channels a group: the last sub-vector is padded.
-    quantized = Quantized(6, 2, per_group)
+    quantized = Quantized(6, 2, parts)
     builder.conv(4, 3, groups=2, name="conv", quantized=quantized)
     builder.fc(5, name="fc", quantized=Quantized(300, 3))
     builder.fc(2, name="last")

@@ -98,6 +98,29 @@ def test_layer_figures() -> None:
     assert fc2.dense_operations == 21
 
 
+def test_figures_count_every_set_of_codebooks() -> None:
+    layers = []
+    for parts in (1, 3):
+        builder = NetworkBuilder((4, 6, 6))
+        builder.conv(6, 3, groups=2, padding=1, quantized=Quantized(5, 2, parts))
+        layers.append(builder.build().layers[0])
+    # Two more sets for each group of 2 channels, and tables of them.
+    assert layers[1].bytes - layers[0].bytes == 4 * 2 * 2 * 5 * 2
+    assert layers[1].operations - layers[0].operations == 2 * 4 * 36 * 5
+
+
+@pytest.mark.parametrize("n_sets", [3, 4])
+def test_sets_of_unequal_parts_are_refused(n_sets: int) -> None:
+    network = residual().build()
+    codebooks = np.zeros((n_sets, 1, 5, 2), np.float32)
+    weights = QuantizedWeights(codebooks, network.tensors["conv1.codes"], None)
+    message = (
+        f"codebook_groups is {n_sets}, expected 1 or a multiple of 2 that divides 6"
+    )
+    with pytest.raises(ModelFormatError, match=message):
+        network.with_quantized_layer("conv1", weights)
+
+
 def test_decoded() -> None:
     network = residual().build()
     decoded = network.decoded()

@@ -1,7 +1,9 @@
 """Quantising layers and networks, judged by the responses they then give."""
 
+import itertools
 import json
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +94,14 @@ def images() -> np.ndarray:
     return make_images()
 
 
-@pytest.mark.parametrize("codebook_groups", ["shared", "per_group"])
+@pytest.mark.parametrize("codebook_groups", ["shared", "per_group", 6])
 @pytest.mark.parametrize("options", GEOMETRIES.values(), ids=GEOMETRIES.keys())
 def test_convolution(options, codebook_groups, images) -> None:
     original = make_network(options)
-    n_centroids = 3 if options.get("groups") == 6 else 8
+    groups = original.node("second").attributes["groups"]
+    n_sets = {"shared": 1, "per_group": groups}.get(codebook_groups, codebook_groups)
+    outputs, _, *kernel = original.tensors["second.weight"].shape
+    n_centroids = min(8, outputs * prod(kernel) // n_sets // 2)
     settings = SETTINGS.model_copy(
         update={"codebook_groups": codebook_groups, "n_centroids": n_centroids}
     )
@@ -113,9 +118,8 @@ def test_convolution(options, codebook_groups, images) -> None:
     assert (np.diff(metrics.objective) <= 1e-12).all()
     info = {layer.name: layer for layer in quantized.layers}["second"]
     assert (info.n_centroids, info.subvector_dim) == (n_centroids, 4)
-    groups = original.node("second").attributes["groups"]
-    per_group = codebook_groups == "per_group" and groups > 1
-    assert second.weights.codebooks.ndim == (4 if per_group else 3)
+    books = second.weights.codebooks
+    assert (len(books) if books.ndim == 4 else 1) == n_sets
 
 
 @pytest.mark.parametrize("method", ["bcd", "kmeans"])
@@ -525,6 +529,33 @@ def test_too_many_codewords_for_one_group(images) -> None:
     )
     with pytest.raises(ConfigError, match="got 37, expected at most 36"):
         quantize_layer(original, original, "second", images, settings)
+
+
+def test_more_codebooks_lose_less(network, images) -> None:
+    errors = [
+        quantize_layer(
+            network,
+            network,
+            "second",
+            images,
+            SETTINGS.model_copy(update={"codebook_groups": n, "n_centroids": 4}),
+        ).metrics
+        for n in (1, 2, 6)
+    ]
+    for more, fewer in itertools.pairwise(reversed(errors)):
+        assert more.relative_error < fewer.relative_error
+        assert more.kmeans_relative_error < fewer.kmeans_relative_error
+
+
+def test_more_codebooks_repeat(network, images, tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"codebook_groups": 6})
+    contents = []
+    for _ in range(2):
+        layer = quantize_layer(network, network, "second", images, settings, seed=3)
+        layer.save(tmp_path / "layer.safetensors")
+        contents.append((tmp_path / "layer.safetensors").read_bytes())
+    assert contents[0] == contents[1]
+    assert QuantizedLayer.load(tmp_path / "layer.safetensors").settings == settings
 
 
 def test_layers_that_cannot_be_quantized(network, images) -> None:

@@ -176,9 +176,9 @@ def test_layer_shapes_come_from_the_header(tmp_path):
     tensors = {name: np.zeros(shape, np.float32) for name, shape in weights.items()}
     save_file(tensors, path, metadata={"qcnn": graph})
     assert read_layer_shapes(path) == [
-        ("c", "conv", 80, 30, 2, False),
-        ("d", "conv", 36, 9, 4, True),
-        ("f", "fc", 7, 20, 1, False),
+        ("c", "conv", 80, 30, 2, False, 10),
+        ("d", "conv", 36, 9, 4, True, 9),
+        ("f", "fc", 7, 20, 1, False, 1),
     ]
 
 

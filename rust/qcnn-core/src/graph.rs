@@ -59,7 +59,8 @@ pub enum Weights {
         n_centroids: usize,
         /// Channels per subspace (`C'`).
         subvector_dim: usize,
-        /// Sets of codebooks: 1 shared by all groups, or one per group.
+        /// Sets of codebooks: 1 for all outputs, or one each for equal parts of the
+        /// outputs of every group.
         codebook_groups: usize,
         /// How codewords are stored.
         #[serde(default)]
@@ -297,14 +298,22 @@ pub struct PqGeometry {
     pub n_centroids: usize,
     /// Channels per subspace (`C'`); the last subspace may have fewer real ones.
     pub subvector_dim: usize,
-    /// Sets of codebooks: 1, or one per group.
+    /// Sets of codebooks: 1, or one each for equal parts of the outputs; a part has
+    /// outputs of one group only.
     pub codebook_groups: usize,
     /// How codewords are stored.
     pub codebook_bits: CodebookBits,
 }
 
 impl PqGeometry {
-    fn new(what: &str, weights: &Weights, channels: usize, groups: usize) -> Result<Option<Self>> {
+    /// `outputs` are those that may have codebooks of their own.
+    fn new(
+        what: &str,
+        weights: &Weights,
+        channels: usize,
+        groups: usize,
+        outputs: usize,
+    ) -> Result<Option<Self>> {
         let &Weights::ProductQuantized {
             n_subspaces,
             n_centroids,
@@ -328,8 +337,12 @@ impl PqGeometry {
         if !(1..=MAX_CENTROIDS).contains(&n_centroids) {
             bail_format!("{what}: n_centroids is {n_centroids}, expected 1..={MAX_CENTROIDS}");
         }
-        if codebook_groups != 1 && codebook_groups != groups {
-            bail_format!("{what}: codebook_groups is {codebook_groups}, expected 1 or {groups}");
+        let parts_of_groups = codebook_groups.is_multiple_of(groups);
+        if codebook_groups != 1 && !(parts_of_groups && outputs.is_multiple_of(codebook_groups)) {
+            bail_format!(
+                "{what}: codebook_groups is {codebook_groups}, expected 1 or a multiple of \
+                 {groups} that divides {outputs}"
+            );
         }
         Ok(Some(Self {
             n_subspaces,
@@ -576,7 +589,13 @@ fn infer(what: &str, op: &Op, operands: &[&[usize]]) -> Result<(Shape, Geometry)
                 *padding,
                 *groups,
             )?;
-            let pq = PqGeometry::new(what, weights, conv.group_in_channels(), *groups)?;
+            let pq = PqGeometry::new(
+                what,
+                weights,
+                conv.group_in_channels(),
+                *groups,
+                *out_channels,
+            )?;
             let shape = vec![*out_channels, conv.out_size[0], conv.out_size[1]];
             (shape, Geometry::Conv(conv, pq))
         }
@@ -591,7 +610,8 @@ fn infer(what: &str, op: &Op, operands: &[&[usize]]) -> Result<(Shape, Geometry)
                 );
             };
             checked_product(what, &[in_features, *out_features])?;
-            let pq = PqGeometry::new(what, weights, in_features, 1)?;
+            // Its kernels have one set of codebooks.
+            let pq = PqGeometry::new(what, weights, in_features, 1, 1)?;
             (
                 vec![*out_features],
                 Geometry::Fc(in_features, *out_features, pq),

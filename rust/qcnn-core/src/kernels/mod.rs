@@ -14,6 +14,7 @@ mod channels;
 mod entry;
 mod factors;
 mod gemm;
+mod parts;
 mod permute;
 mod pixels;
 pub(crate) mod planes;
@@ -37,6 +38,7 @@ use crate::precision::Precision;
 use channels::ChannelsConv;
 use factors::{Bytes, Words};
 use gemm::IntegerGemmConv;
+use parts::PartsConv;
 use permute::PermuteFc;
 use pixels::PixelsConv;
 use rows::{ByteCodebook, Float, RowsConv, Short, WordCodebook};
@@ -121,7 +123,7 @@ pub enum Weights<'a, C = &'a [u16]> {
     ProductQuantized {
         /// How the channels of a group are split.
         geometry: PqGeometry,
-        /// `(groups or 1, M, K, C')`.
+        /// `(sets, M, K, C')`.
         codebooks: &'a [f32],
         /// `(outputs, taps, M)`, each below `K`.
         codes: C,
@@ -176,6 +178,16 @@ pub struct FcLayer<'a> {
 }
 
 impl<'a> ConvLayer<'a> {
+    /// Whether the outputs of a group are in parts with codebooks of their own.
+    pub(crate) fn has_parts(&self) -> bool {
+        match self.weights {
+            Weights::ProductQuantized { geometry, .. } => {
+                geometry.codebook_groups > self.geometry.groups
+            }
+            _ => false,
+        }
+    }
+
     /// The weights, decoded if necessary.
     pub(crate) fn dense_weights(&self) -> Cow<'a, [f32]> {
         match self.weights {
@@ -277,33 +289,47 @@ fn conv_kernels_of<'a, S: Simd>(
     simd: S,
     precision: Precision,
 ) -> Vec<Candidate<'a>> {
+    let mut candidates = if layer.has_parts() {
+        PartsConv::candidates(simd, layer, precision)
+    } else {
+        look_up_kernels(layer, simd, precision)
+    };
+    if precision >= Precision::Fast {
+        candidates.extend(IntegerGemmConv::<_, Words>::candidate(simd, layer));
+    }
+    if precision >= Precision::Int8 {
+        candidates.extend(IntegerGemmConv::<_, Bytes>::candidate(simd, layer));
+    }
+    candidates.extend(XnorConv::candidate(simd, layer));
+    candidates.extend(IntegerGemmConv::<_, Bytes>::exact(simd, layer));
+    candidates.extend(DirectConv::candidate(simd, layer));
+    candidates.push(GemmConv::candidate(simd, layer));
+    candidates.sort_by(|a, b| a.cycles.total_cmp(&b.cycles));
+    candidates
+}
+
+/// Those of a convolution that has one set of codebooks, or one per group, at most.
+fn look_up_kernels<'a, S: Simd>(
+    layer: &'a ConvLayer<'a>,
+    simd: S,
+    precision: Precision,
+) -> Vec<Candidate<'a>> {
     let int8 = [
         ChannelsConv::candidate(simd, layer),
         RowsConv::<_, Short<ByteCodebook>>::candidate(simd, layer),
-        IntegerGemmConv::<_, Bytes>::candidate(simd, layer),
     ];
-    let fast = [
-        RowsConv::<_, Short<WordCodebook>>::candidate(simd, layer),
-        IntegerGemmConv::<_, Words>::candidate(simd, layer),
-    ];
+    let fast = [RowsConv::<_, Short<WordCodebook>>::candidate(simd, layer)];
     let exact = [
         RowsConv::<_, Float<1>>::candidate(simd, layer),
         RowsConv::<_, Float<2>>::candidate(simd, layer),
         PixelsConv::candidate(simd, layer),
-        XnorConv::candidate(simd, layer),
-        IntegerGemmConv::<_, Bytes>::exact(simd, layer),
-        DirectConv::candidate(simd, layer),
-        Some(GemmConv::candidate(simd, layer)),
     ];
-    let mut candidates: Vec<_> = int8
-        .into_iter()
+    int8.into_iter()
         .filter(|_| precision >= Precision::Int8)
         .chain(fast.into_iter().filter(|_| precision >= Precision::Fast))
         .chain(exact)
         .flatten()
-        .collect();
-    candidates.sort_by(|a, b| a.cycles.total_cmp(&b.cycles));
-    candidates
+        .collect()
 }
 
 /// Every kernel on `isa` that can run `layer` at `precision`, from the fastest to the slowest

@@ -21,11 +21,7 @@ impl Weights<'_> {
                 codes,
             } => {
                 let (m, j) = (c / pq.subvector_dim, c % pq.subvector_dim);
-                let set = if pq.codebook_groups > 1 {
-                    o / extents.group_outputs
-                } else {
-                    0
-                };
+                let set = o / (extents.outputs / pq.codebook_groups);
                 let code = usize::from(codes[(o * extents.taps + tap) * pq.n_subspaces + m]);
                 let codeword = (set * pq.n_subspaces + m) * pq.n_centroids + code;
                 codebooks[codeword * pq.subvector_dim + j]
@@ -39,8 +35,7 @@ impl Weights<'_> {
 struct Extents {
     /// Input channels per group.
     channels: usize,
-    /// Outputs per group.
-    group_outputs: usize,
+    outputs: usize,
     taps: usize,
 }
 
@@ -48,7 +43,7 @@ impl From<&ConvGeometry> for Extents {
     fn from(geometry: &ConvGeometry) -> Self {
         Self {
             channels: geometry.group_in_channels(),
-            group_outputs: geometry.group_out_channels(),
+            outputs: geometry.out_channels,
             taps: geometry.taps(),
         }
     }
@@ -58,7 +53,7 @@ impl ConvLayer<'_> {
     /// The weights as a dense `(C_out, C_in / groups, kh, kw)` tensor.
     pub fn decode(&self) -> Vec<f32> {
         let extents = Extents::from(self.geometry);
-        decode(&self.weights, extents, self.geometry.out_channels)
+        decode(&self.weights, extents)
     }
 }
 
@@ -67,21 +62,17 @@ impl FcLayer<'_> {
     pub fn decode(&self) -> Vec<f32> {
         let extents = Extents {
             channels: self.in_features,
-            group_outputs: self.out_features,
+            outputs: self.out_features,
             taps: 1,
         };
         let mut buffer = Vec::new();
-        decode(
-            &self.weights.unpacked(&mut buffer),
-            extents,
-            self.out_features,
-        )
+        decode(&self.weights.unpacked(&mut buffer), extents)
     }
 }
 
-fn decode(weights: &Weights<'_>, extents: Extents, outputs: usize) -> Vec<f32> {
-    let mut dense = Vec::with_capacity(outputs * extents.channels * extents.taps);
-    for o in 0..outputs {
+fn decode(weights: &Weights<'_>, extents: Extents) -> Vec<f32> {
+    let mut dense = Vec::with_capacity(extents.outputs * extents.channels * extents.taps);
+    for o in 0..extents.outputs {
         for c in 0..extents.channels {
             dense.extend((0..extents.taps).map(|tap| weights.value(extents, o, c, tap)));
         }

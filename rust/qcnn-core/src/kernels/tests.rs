@@ -52,7 +52,9 @@ impl Random {
 struct Pq {
     n_centroids: usize,
     subvector_dim: usize,
-    per_group: bool,
+    /// Sets of codebooks per group of a convolution, if they can be equal; 0 is one
+    /// for all groups.
+    parts: usize,
 }
 
 /// Parameters of one layer, owned.
@@ -83,7 +85,11 @@ impl Parameters {
             n_subspaces: channels.div_ceil(pq.subvector_dim),
             n_centroids: pq.n_centroids,
             subvector_dim: pq.subvector_dim,
-            codebook_groups: if pq.per_group { groups } else { 1 },
+            codebook_groups: match pq.parts {
+                0 => 1,
+                parts if (outputs / groups).is_multiple_of(parts) => groups * parts,
+                _ => groups,
+            },
             codebook_bits: CodebookBits::Float32,
         };
         let codebooks =
@@ -320,10 +326,11 @@ fn byte_tolerances(layer: &ConvLayer<'_>, n: usize, input: &[f32]) -> Vec<f32> {
             })
         })
         .collect();
-    let set_peaks = |group: usize| &peaks[group % pq.codebook_groups * channels..][..channels];
+    let set_peaks = |set: usize| &peaks[set * channels..][..channels];
+    let set_outputs = g.out_channels / pq.codebook_groups;
     // The sum of the bounds of all subspaces and taps, which every output has.
     let weights: Vec<f32> = (0..g.out_channels)
-        .flat_map(|o| set_peaks(o / g.group_out_channels()))
+        .flat_map(|o| set_peaks(o / set_outputs))
         .flat_map(|peak| std::iter::repeat_n(*peak, g.taps()))
         .collect();
     let magnitudes: Vec<f32> = input.iter().map(|x| x.abs()).collect();
@@ -335,13 +342,16 @@ fn byte_tolerances(layer: &ConvLayer<'_>, n: usize, input: &[f32]) -> Vec<f32> {
     let mut sums = vec![0.0; n * g.out_channels * g.out_pixels()];
     scalar::conv(&bounds, n, &magnitudes, &mut sums);
     // The greatest bound of a pair is at most the greatest of all subspaces.
-    let group_outputs = g.group_out_channels() * g.out_pixels();
-    let greatest = magnitudes.chunks_exact(channels * g.in_pixels());
-    let greatest = greatest.enumerate().map(|(i, group)| {
+    let part_outputs = set_outputs.min(g.group_out_channels());
+    let parts_of_group = g.group_out_channels() / part_outputs;
+    let groups = magnitudes.chunks_exact(channels * g.in_pixels());
+    let parts = groups.flat_map(|group| std::iter::repeat_n(group, parts_of_group));
+    let greatest = parts.enumerate().map(|(i, group)| {
+        let set = i % (g.groups * parts_of_group) % pq.codebook_groups;
         (0..g.in_pixels())
             .map(|pixel| {
                 let pixels = group[pixel..].iter().step_by(g.in_pixels());
-                let products = pixels.zip(set_peaks(i % g.groups));
+                let products = pixels.zip(set_peaks(set));
                 products.map(|(x, peak)| x * peak).sum::<f32>()
             })
             .fold(0.0, f32::max)
@@ -349,7 +359,8 @@ fn byte_tolerances(layer: &ConvLayer<'_>, n: usize, input: &[f32]) -> Vec<f32> {
     let limit = channels::limit(dim);
     let rounding = 0.5 + dim as f32 / 256.0;
     let pairs = (g.taps() * pq.n_subspaces.div_ceil(8) * 4) as f32;
-    for (sums, greatest) in sums.chunks_exact_mut(group_outputs).zip(greatest) {
+    let part_len = part_outputs * g.out_pixels();
+    for (sums, greatest) in sums.chunks_exact_mut(part_len).zip(greatest) {
         let step = greatest / (127.0 * limit);
         for sum in sums {
             *sum = 2.0 * rounding * (*sum / limit + pairs * step) * 1.001;
@@ -468,7 +479,8 @@ impl FcCase {
     fn check(&self) -> Result<(), String> {
         let mut random = Random(2);
         let extents = [self.outputs, self.inputs, 1, 1];
-        let parameters = Parameters::new(&mut random, extents, self.pq, self.bias);
+        let pq = self.pq.map(|pq| Pq { parts: 0, ..pq });
+        let parameters = Parameters::new(&mut random, extents, pq, self.bias);
         let input = random.floats(self.n * self.inputs);
         let packed = parameters.packed();
         let layer = FcLayer {
@@ -523,7 +535,7 @@ fn pq(n_centroids: usize, subvector_dim: usize) -> Option<Pq> {
     Some(Pq {
         n_centroids,
         subvector_dim,
-        per_group: false,
+        parts: 0,
     })
 }
 
@@ -635,7 +647,12 @@ fn conv_strides_dilations_groups() {
         Some(Pq {
             n_centroids: 6,
             subvector_dim: 2,
-            per_group: true,
+            parts: 1,
+        }),
+        Some(Pq {
+            n_centroids: 5,
+            subvector_dim: 3,
+            parts: 2,
         }),
     ] {
         for (kernel, stride, dilation, groups) in [
@@ -1107,11 +1124,11 @@ fn nothing_to_do() {
 }
 
 fn any_pq() -> impl Strategy<Value = Option<Pq>> {
-    prop::option::of((1usize..200, 1usize..10, any::<bool>()).prop_map(
-        |(n_centroids, subvector_dim, per_group)| Pq {
+    prop::option::of((1usize..200, 1usize..10, 0usize..5).prop_map(
+        |(n_centroids, subvector_dim, parts)| Pq {
             n_centroids,
             subvector_dim,
-            per_group,
+            parts,
         },
     ))
 }
