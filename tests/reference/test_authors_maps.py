@@ -12,10 +12,10 @@ from qcnn_py import Network
 from qcnn_py.preprocessing import Preprocessing
 
 PREFIX = "bvlc_alexnet_aCaF"
-# Relative L2 error, by precision. With 8 bits rounding is off by up to half of 254 steps
-# of the range of inputs and codewords: 1 % where that is some ten times their deviation,
-# more where smooth pixels cancel out, as in conv1. Errors of all layers before add up;
-# the greatest seen is 4.8 %, of norm2.
+# Relative L2 error, by precision. With 8 bits rounding is off by up to half of 254
+# steps of the range of inputs and codewords: 1 % where that is some ten times their
+# deviation, more where smooth pixels cancel out, as in conv1. Errors of all layers
+# before add up; the greatest seen is 4.8 %, of norm2.
 TOLERANCES = {"exact": 1e-5, "fast": 3e-3, "int8": 6e-2}
 
 CONVOLUTIONAL = ["conv1", "norm1", "pool1", "conv2", "norm2", "pool2"]
