@@ -113,7 +113,6 @@ def kill_stage(process):
     stage.kill()
 
 
-@pytest.mark.long
 def test_killed_run_resumes_to_the_same_bytes(workspace, finished):
     results = workspace.path / "results" / "tiny"
     kept = {"dataset.safetensors", "network.qcnn", "training.json", "conv1.safetensors"}
@@ -136,7 +135,6 @@ def test_killed_run_resumes_to_the_same_bytes(workspace, finished):
     assert workspace.artefacts() == finished.artefacts()
 
 
-@pytest.mark.long
 def test_shards_give_the_same_layers(workspace, finished):
     workspace.edit_config(
         lambda config: config["runs"]["tiny"]["quantize"].update(shards=3)
