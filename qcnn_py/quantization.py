@@ -46,6 +46,7 @@ from qcnn_py.statistics import (
 )
 
 __all__ = [
+    "KeptResponses",
     "LayerMetrics",
     "QuantizedLayer",
     "apply_layers",
@@ -59,11 +60,16 @@ logger = logging.getLogger(__name__)
 
 Statistics = SecondMoments | Samples
 Images = npt.NDArray[Any] | Iterable[npt.NDArray[Any]]
+_Map = Callable[[FloatArray], FloatArray]
 
 # Images run through the networks at a time: as many as make matrix products of
 # the samples efficient, but their inputs and responses have to fit into memory.
 _MOST_IMAGES = 256
 _MOST_BYTES = 256 << 20
+
+# What responses may take that are kept, see KeptResponses; twice as much while they
+# give way to others.
+_MOST_KEPT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -266,9 +272,13 @@ def quantize(
     if not isinstance(calibration, np.ndarray):
         calibration = list(calibration)
     quantized = network
-    for name, settings in chosen:
+    n_images = max((settings.calibration_images for _, settings in chosen), default=0)
+    kept = KeptResponses(original or network, calibration, n_images)
+    names = [name for name, _ in chosen]
+    for i, (name, settings) in enumerate(chosen):
+        kept.advance(quantized, names[i:])
         result = quantize_layer(
-            original or network, quantized, name, calibration, settings, seed
+            original or network, quantized, name, calibration, settings, seed, kept
         )
         quantized = quantized.with_quantized_layer(name, result.weights)
         if on_layer is not None:
@@ -283,6 +293,7 @@ def quantize_layer(
     images: Images,
     settings: LayerSettings,
     seed: int = 0,
+    kept: KeptResponses | None = None,
 ) -> QuantizedLayer:
     """Quantise one layer.
 
@@ -302,6 +313,9 @@ def quantize_layer(
     seed : int
         Seed of all random choices. Equal arguments give bit-identical results on
         the same machine.
+    kept : KeptResponses, optional
+        Responses to the images that were computed before; they do not change the
+        result.
 
     Returns
     -------
@@ -318,7 +332,9 @@ def quantize_layer(
         If the images do not fit the network.
     """
     check_possible(settings, layer_shape(_dense_layer(original, layer)))
-    moments = collect_moments(original, quantized_prefix, layer, images, settings, seed)
+    moments = collect_moments(
+        original, quantized_prefix, layer, images, settings, seed, kept=kept
+    )
     return quantize_from_moments(original, layer, moments, settings, seed)
 
 
@@ -330,6 +346,7 @@ def collect_moments(
     settings: LayerSettings,
     seed: int = 0,
     first: int = 0,
+    kept: KeptResponses | None = None,
 ) -> Statistics:
     """Gather the statistics of one layer in one pass over the images.
 
@@ -338,7 +355,7 @@ def collect_moments(
 
     Parameters
     ----------
-    original, quantized_prefix, layer, images, settings, seed
+    original, quantized_prefix, layer, images, settings, seed, kept
         See :func:`quantize_layer`.
     first : int
         Calibration images before those given.
@@ -353,12 +370,13 @@ def collect_moments(
     node = original.node(layer)
     # Behind a quantiser of activations that the original may not have.
     source = quantized_prefix.node(layer).inputs[0]
-    threads = available_threads()
-    teacher = original.truncated(layer).compile("exact", threads=threads)
-    student = None
-    if source != quantized_prefix.input_name:
-        prefix = quantized_prefix.truncated(source)
-        student = prefix.compile("exact", threads=threads)
+
+    def prefixes(start: str) -> tuple[_Map, _Map]:
+        return (
+            _between(original, start, layer),
+            _between(quantized_prefix, start, source),
+        )
+
     geometry = LayerGeometry.of(node)
     shape = original.shapes[layer]
     weight = original.tensors[f"{layer}.weight"]
@@ -383,19 +401,148 @@ def collect_moments(
     ]
     n_inputs = prod(quantized_prefix.shapes[source])
     values = prod(original.input_shape) + n_inputs + prod(shape)
-    batch_size = max(1, min(_MOST_IMAGES, _MOST_BYTES // (4 * values)))
+    batch_size = _batch_size(values)
+    whole: tuple[_Map, _Map] | None = None
+    short: tuple[_Map, _Map] | None = None
+    done = 0
     for originals in _batches(images, settings.calibration_images, batch_size):
         for copy, (places, changes) in enumerate(copies):
-            batch = originals
-            if copy:
-                batch = augmented(originals, settings.flip, settings.shift, changes)
-            targets = teacher(batch)
-            inputs = batch if student is None else student(batch)
+            if copy == 0 and kept is not None and kept.pairs is not None:
+                short = short or prefixes(kept.value)
+                maps, batches = short, kept.batch(done, len(originals))
+            else:
+                batch = originals
+                if copy:
+                    batch = augmented(originals, settings.flip, settings.shift, changes)
+                whole = whole or prefixes(original.input_name)
+                maps, batches = whole, (batch, batch)
+            targets, inputs = (run(x) for run, x in zip(maps, batches, strict=True))
             positions = None
             if n_drawn < n_positions:
                 positions = draw_positions(places, len(batch), n_positions, n_drawn)
             moments.add_images(inputs, targets, geometry, positions)
+        done += len(originals)
     return moments
+
+
+class KeptResponses:
+    """Responses of the original and the quantised network to the calibration images.
+
+    Layers are quantised one after another, and each needs responses of all layers
+    before it. Kept are those at the last value that does not change any more and that
+    all layers to come depend on alone, if they take no more than 1 GiB.
+
+    Parameters
+    ----------
+    original : Network
+        Network whose responses are to be kept.
+    images : ndarray of float32, shape (N, C, H, W), or sequence of such batches
+        Preprocessed images.
+    limit : int
+        How many images count, the first ones.
+
+    Attributes
+    ----------
+    value : str
+        Name of the value; at first the input of the networks.
+    pairs : tuple of ndarray of float32, shape (N, ...), or None
+        The value in the original and in the quantised network; None for the images
+        themselves.
+    """
+
+    def __init__(self, original: Network, images: Images, limit: int) -> None:
+        self._original = original
+        self._images = images
+        self._limit = limit
+        self.value = original.input_name
+        self.pairs: tuple[FloatArray, FloatArray] | None = None
+
+    def batch(self, first: int, count: int) -> tuple[FloatArray, FloatArray]:
+        """Return both networks' responses to some of the images."""
+        assert self.pairs is not None
+        original, quantized = self.pairs
+        return original[first : first + count], quantized[first : first + count]
+
+    def advance(self, quantized: Network, layers: list[str]) -> None:
+        """Go on to a later value if there is one.
+
+        Parameters
+        ----------
+        quantized : Network
+            The quantised network so far.
+        layers : list of str
+            All layers that are still to be quantised.
+        """
+        shapes = quantized.shapes
+        common = set(_cuts(self._original, layers))
+        cuts = [cut for cut in _cuts(quantized, layers) if cut in common]
+        batches = list(_batches(self._images, self._limit, _MOST_IMAGES))
+        n_images = sum(map(len, batches))
+        fitting = [
+            cut
+            for cut in cuts[cuts.index(self.value) + 1 :]
+            if 2 * 4 * n_images * prod(shapes[cut]) <= _MOST_KEPT_BYTES
+        ]
+        if not fitting or not n_images:
+            return
+        value = fitting[-1]
+        maps = [
+            _between(network, self.value, value)
+            for network in (self._original, quantized)
+        ]
+        pairs = tuple(
+            np.empty((n_images, *shapes[value]), np.float32) for _ in range(2)
+        )
+        values = max(prod(shape) for shape in shapes.values())
+        size = _batch_size(values)
+        done = 0
+        for batch in batches:
+            for start in range(0, len(batch), size):
+                part = batch[start : start + size]
+                before = (part, part)
+                if self.pairs is not None:
+                    before = self.batch(done, len(part))
+                for target, run, x in zip(pairs, maps, before, strict=True):
+                    target[done : done + len(part)] = run(x)
+                done += len(part)
+        self.value, self.pairs = value, (pairs[0], pairs[1])
+
+
+def _between(network: Network, start: str, end: str) -> _Map:
+    """Return what computes one value of a network from another."""
+    if start == end:
+        return lambda values: values
+    return network.subgraph(start, end).compile("exact", threads=available_threads())
+
+
+def _cuts(network: Network, layers: list[str]) -> list[str]:
+    """Return the values, in order, that some layers depend on alone.
+
+    None of the layers is before them.
+    """
+    needed = set(layers)
+    for node in reversed(network.nodes):
+        if node.name in needed:
+            needed.update(node.inputs)
+    nodes = [node for node in network.nodes if node.name in needed]
+    # Number of the last node that reads each value.
+    last_read = {value: i for i, node in enumerate(nodes) for value in node.inputs}
+    cuts, open_until = [], -1
+    value = network.input_name
+    for i, node in enumerate(nodes):
+        # Whatever comes before `value` has been read by now.
+        if open_until < i:
+            cuts.append(value)
+        if node.name in layers:
+            break
+        open_until = max(open_until, last_read[value])
+        value = node.name
+    return cuts
+
+
+def _batch_size(values: int) -> int:
+    """Return how many images of so many values each are run at a time."""
+    return max(1, min(_MOST_IMAGES, _MOST_BYTES // (4 * values)))
 
 
 def quantize_from_moments(

@@ -22,10 +22,12 @@ from qcnn_py import (
     ShapeError,
     quantize,
 )
+from qcnn_py.activation_quantization import quantize_activations
 from qcnn_py.artefacts import load_arrays, save_arrays
 from qcnn_py.config import LayerSettings, QuantizeConfig
 from qcnn_py.network import rounded_codebooks
 from qcnn_py.quantization import (
+    KeptResponses,
     QuantizedLayer,
     apply_layers,
     collect_moments,
@@ -266,6 +268,65 @@ def test_memory_limit_on_batches(network, images, monkeypatch) -> None:
     monkeypatch.setattr("qcnn_py.quantization._MOST_BYTES", 1)
     moments = collect_moments(network, network, "second", images, SETTINGS)
     np.testing.assert_allclose(moments.gram, expected.gram)
+
+
+def residual_network() -> Network:
+    """A sum that goes around a convolution, and that two others read."""
+    builder = NetworkBuilder((2, 9, 8), seed=1)
+    builder.conv(6, 3, padding=1, name="first")
+    stem = builder.add("relu")
+    builder.conv(6, 3, padding=1, name="second")
+    builder.add("add", builder.last, stem)
+    joined = builder.add("relu", name="joined")
+    builder.conv(4, 1, name="third")
+    builder.conv(4, 1, joined, name="fourth")
+    builder.add("concat", "third", "fourth")
+    builder.fc(8, name="fifth")
+    return builder.build()
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("kind", ["chain", "residual", "quantised activations"])
+def test_kept_responses_change_nothing(kind, batched, images, monkeypatch) -> None:
+    original = residual_network() if kind == "residual" else make_network()
+    network = original
+    if kind == "quantised activations":
+        activations = {"scheme": "linear", "bits": 4}
+        network = quantize_activations(original, activations, images)
+    kept_at: list[str] = []
+    advance = KeptResponses.advance
+
+    def watched(self: KeptResponses, quantized: Network, layers: list[str]) -> None:
+        advance(self, quantized, layers)
+        kept_at.append(self.value)
+
+    monkeypatch.setattr(KeptResponses, "advance", watched)
+    settings = {
+        "n_centroids": 4,
+        "subvector_dim": 2,
+        "layers": {"second": {"calibration_images": 21}},
+    }
+
+    def quantized_layers() -> list[QuantizedLayer]:
+        calibration = [images[:7], images[7:30], images[30:]] if batched else images
+        layers: list[QuantizedLayer] = []
+        quantize(
+            network, calibration, settings, original=original, on_layer=layers.append
+        )
+        return layers
+
+    kept = quantized_layers()
+    assert kept_at == (
+        ["input", "relu1", "joined", "joined", "flatten8"]
+        if kind == "residual"
+        else ["input", "relu1", "flatten5", "relu7"]
+    )
+    kept_at.clear()
+    monkeypatch.setattr("qcnn_py.quantization._MOST_KEPT_BYTES", 0)
+    anew = quantized_layers()
+    assert set(kept_at) == {"input"}
+    for one, other in zip(kept, anew, strict=True):
+        assert_same(one, other)
 
 
 def test_threads_change_nothing(network, images, monkeypatch) -> None:

@@ -21,7 +21,11 @@ from PIL import Image, ImageOps
 from qcnn_py.architectures import drawn_network
 from qcnn_py.artefacts import save_json
 from qcnn_py.config import ARCHITECTURES, LayerSettings, QuantizeConfig, SpeedConfig
-from qcnn_py.quantization import collect_moments, quantize_from_moments
+from qcnn_py.quantization import (
+    KeptResponses,
+    collect_moments,
+    quantize_from_moments,
+)
 
 
 def read_images(path, limit, size):
@@ -69,10 +73,15 @@ def main():
     images = read_images(arguments.images, arguments.calibration_images, size)
 
     layers, quantized = [], network
-    for name in arguments.layers or plans:
+    names = arguments.layers or list(plans)
+    kept = KeptResponses(network, images, arguments.calibration_images)
+    for i, name in enumerate(names):
         plan = plans[name]
         start, cpu = time.perf_counter(), time.process_time()
-        moments = collect_moments(network, quantized, name, images, plan.settings)
+        kept.advance(quantized, names[i:])
+        moments = collect_moments(
+            network, quantized, name, images, plan.settings, kept=kept
+        )
         collected = time.perf_counter()
         result = quantize_from_moments(network, name, moments, plan.settings)
         layers.append(
