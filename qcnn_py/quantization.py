@@ -69,7 +69,7 @@ _MOST_BYTES = 256 << 20
 
 # What responses may take that are kept, see KeptResponses; twice as much while they
 # give way to others.
-_MOST_KEPT_BYTES = 1 << 30
+_MOST_KEPT_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -419,7 +419,7 @@ def collect_moments(
             targets, inputs = (run(x) for run, x in zip(maps, batches, strict=True))
             positions = None
             if n_drawn < n_positions:
-                positions = draw_positions(places, len(batch), n_positions, n_drawn)
+                positions = draw_positions(places, len(originals), n_positions, n_drawn)
             moments.add_images(inputs, targets, geometry, positions)
         done += len(originals)
     return moments
@@ -430,7 +430,7 @@ class KeptResponses:
 
     Layers are quantised one after another, and each needs responses of all layers
     before it. Kept are those at the last value that does not change any more and that
-    all layers to come depend on alone, if they take no more than 1 GiB.
+    all layers to come depend on alone, if they take no more than 2 GiB.
 
     Parameters
     ----------

@@ -304,6 +304,7 @@ def test_kept_responses_change_nothing(kind, batched, images, monkeypatch) -> No
     settings = {
         "n_centroids": 4,
         "subvector_dim": 2,
+        "positions_per_image": 7,
         "layers": {"second": {"calibration_images": 21}},
     }
 
