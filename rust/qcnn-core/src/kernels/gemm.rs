@@ -51,6 +51,8 @@ pub(crate) struct IntegerGemmConv<S, F> {
     name: String,
     geometry: ConvGeometry,
     planes: Planes,
+    /// Where each row of the im2col matrix starts in the planes of a group.
+    rows: Vec<usize>,
     rounding: Rounding,
     /// For each group panels of `pair_rows` outputs: `(groups of rows of the im2col
     /// matrix, pair_rows)`.
@@ -217,6 +219,10 @@ impl<S: Simd, F: Factors> IntegerGemmConv<S, F> {
             units.push(1.0 / scale);
             sums.push(weights.iter().map(|weight| *weight as i32).sum());
         }
+        let channels = (0..geometry.group_in_channels()).map(|channel| channel * planes.len());
+        let starts =
+            channels.flat_map(|channel| planes.taps().iter().map(move |tap| channel + tap));
+        let starts: Vec<usize> = starts.collect();
         let rows = pair_rows::<S>();
         let mut packed = Vec::new();
         for integers in integers.chunks_exact(outputs * depth) {
@@ -237,6 +243,7 @@ impl<S: Simd, F: Factors> IntegerGemmConv<S, F> {
         Self {
             simd,
             name: format!("{}-{}-gemm", S::NAME, F::NAME),
+            rows: starts,
             planes,
             rounding,
             weights: packed,
@@ -462,19 +469,16 @@ impl<K: Simd, F: Factors> Task for PackColumns<'_, K, F> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let lanes = panel_columns::<S>();
-        let planes = &self.kernel.planes;
-        let taps = planes.taps();
-        let depth = depth(&self.kernel.geometry);
         let mut packed = self.packed.chunks_exact_mut(2 * lanes);
         for first in self.columns.step_by(lanes) {
-            for k in (0..depth).step_by(F::GROUP) {
+            for starts in self.kernel.rows.chunks(F::GROUP) {
                 let mut rows = [simd.zero_i16(); MAX_GROUP];
-                for i in 0..F::GROUP.min(depth - k) {
-                    let k = k + i;
-                    let offset = k / taps.len() * planes.len() + taps[k % taps.len()];
-                    let row = &self.planes[offset + first..][..lanes];
-                    // SAFETY: the slice has the length of a vector.
-                    rows[i] = unsafe { simd.load_i16(row.as_ptr()) };
+                for i in 0..F::GROUP {
+                    if let Some(start) = starts.get(i) {
+                        let source = &self.planes[start + first..][..lanes];
+                        // SAFETY: the slice has the length of a vector.
+                        rows[i] = unsafe { simd.load_i16(source.as_ptr()) };
+                    }
                 }
                 let groups = F::inputs(simd, rows, self.zero);
                 let target = packed.next().expect("there is room for all panels");
@@ -549,36 +553,77 @@ impl<F: Factors, const R: usize> Task for Rows<'_, F, R> {
         for i in 0..R {
             let halves = simd.interleave_i32(sums[i][0], sums[i][1]);
             for half in 0..2 {
-                // SAFETY: a row of responses has room for two vectors.
-                unsafe {
-                    let target = responses[i].as_mut_ptr().add(half * S::LANES);
-                    simd.store(target, halves[half]);
-                }
+                let target = &mut responses[i][half * S::LANES..][..S::LANES];
+                simd.store_first(target, halves[half]);
             }
         }
+        let mut runs = [Run::default(); MAX_PANEL_COLUMNS + 1];
+        let runs = p.runs(S::LANES, &mut runs);
+        let floor = simd.splat(p.floor);
         let outputs = p.units.iter().zip(p.bias).zip(&responses);
-        for (((unit, bias), responses), output) in outputs.zip(p.output.chunks_mut(p.stride)) {
-            let unit = unit * p.scale.unit;
-            let mut position = p.positions.start;
-            while position < p.positions.end {
-                let (y, x) = (position / p.row_len, position % p.row_len);
-                let run = (p.row_len - x).min(p.positions.end - position);
-                // Some positions, at the end of each row, are no outputs.
-                let used = run.min(p.width.saturating_sub(x));
-                let from = y * p.width + x.min(p.width);
-                let row = &mut output[from..from + used];
-                for (y, response) in row
-                    .iter_mut()
-                    .zip(&responses[position - p.positions.start..])
-                {
-                    let response = response * unit + bias;
-                    // False for NaN.
-                    let is_less = response < p.floor;
-                    *y = if is_less { p.floor } else { response };
+        for (((unit, bias), responses), output) in outputs.zip(p.output.chunks_exact_mut(p.stride))
+        {
+            let unit = simd.splat(unit * p.scale.unit);
+            let bias = simd.splat(*bias);
+            for run in runs {
+                let sums = simd.load_first(&responses[run.half * S::LANES..][..S::LANES]);
+                let response = simd.max(simd.add(simd.mul(sums, unit), bias), floor);
+                // SAFETY: the run's outputs lie within the map, see `Product::runs`, of
+                // which `output` has all pixels.
+                unsafe {
+                    let target = output.as_mut_ptr().wrapping_offset(run.offset);
+                    simd.store_range(target, response, run.begin, run.end);
                 }
-                position += run;
             }
         }
+    }
+}
+
+/// Lanes of one of the two vectors of a panel that are neighbouring outputs: lane i is
+/// pixel `offset + i` of the map.
+#[derive(Clone, Copy, Default)]
+struct Run {
+    half: usize,
+    begin: usize,
+    end: usize,
+    offset: isize,
+}
+
+impl Product<'_> {
+    /// What the panel's positions are in the map, for vectors of `lanes` lanes. Some, at
+    /// the end of each row, are no outputs.
+    fn runs<'a>(&self, lanes: usize, runs: &'a mut [Run; MAX_PANEL_COLUMNS + 1]) -> &'a [Run] {
+        // Rows without such positions follow each other.
+        let [row_len, width] = if self.row_len == self.width {
+            [usize::MAX; 2]
+        } else {
+            [self.row_len, self.width]
+        };
+        let mut n = 0;
+        let mut position = self.positions.start;
+        while position < self.positions.end {
+            let (y, x) = (position / row_len, position % row_len);
+            let len = (row_len - x).min(self.positions.end - position);
+            let first = position - self.positions.start;
+            let end = first + len.min(width.saturating_sub(x));
+            for half in 0..2 {
+                let lane = half * lanes;
+                let (begin, end) = (first.max(lane), end.min(lane + lanes));
+                if begin < end {
+                    let pixel = y * self.width + x;
+                    assert!(pixel + end - first <= self.stride);
+                    runs[n] = Run {
+                        half,
+                        begin: begin - lane,
+                        end: end - lane,
+                        offset: pixel as isize - first as isize + lane as isize,
+                    };
+                    n += 1;
+                }
+            }
+            position += len;
+        }
+        &runs[..n]
     }
 }
 
