@@ -14,6 +14,9 @@
 //! - A tap in another column would be a load across two vectors. Instead, the
 //!   taps of each column have sums of their own, which are shifted by whole
 //!   lanes and added up at the end of a pass.
+//! - Rows that whole parts would cover badly are cut into two blocks of columns, each
+//!   with parts, and tables, of its own: 16 columns with taps in three become 14, two rows
+//!   to a vector, and 2, eight to a vector.
 //! - A stride splits the input into phases, each with taps of its own, as if they
 //!   were more channels. Their subspaces share the codebooks.
 //!
@@ -42,7 +45,7 @@ pub(super) use byte::ByteCodebook;
 pub(super) use float::Float;
 use layout::{
     Batch, Cut, LINE_BYTES, Layout, MAX_COLUMNS, OFFSET_BYTES, Phase, Row, Runs, batches,
-    most_plane_vectors,
+    most_plane_vectors, seams,
 };
 pub(super) use short::Short;
 pub(super) use word::WordCodebook;
@@ -254,8 +257,15 @@ impl Planes<'_> {
 /// See the module's documentation.
 #[derive(Debug)]
 pub(crate) struct RowsConv<S, C> {
-    simd: S,
     name: String,
+    /// They cover the map.
+    blocks: Vec<Block<S, C>>,
+}
+
+/// Columns of the map.
+#[derive(Debug)]
+struct Block<S, C> {
+    simd: S,
     layout: Layout,
     cells: C,
     /// For each group and pass, see [`Layout::offsets`].
@@ -279,7 +289,7 @@ fn outputs_together<S: Simd, C: Cell>(columns: usize) -> usize {
     }
 }
 
-/// Whether [`RowsConv::look_up`] has strips of so many vectors.
+/// Whether [`Block::look_up`] has strips of so many vectors.
 fn strip_fits<S: Simd, C: Cell>(columns: usize, strip: usize) -> bool {
     let sums = strip * outputs_together::<S, C>(columns) * columns * C::VECTORS;
     strip == 1
@@ -287,11 +297,34 @@ fn strip_fits<S: Simd, C: Cell>(columns: usize, strip: usize) -> bool {
             && (columns <= 3 && strip == 2 || columns == 1 && strip == 4)
 }
 
-/// Choose the layout, and estimate the clock cycles of an image. `None` if
-/// there is no good one.
+/// Choose blocks of columns and their layouts, and estimate the clock cycles of an image.
+/// `None` if there are no good ones.
+fn choose_layouts<S: Simd, C: Cell>(
+    geometry: &ConvGeometry,
+    pq: PqGeometry,
+) -> Option<(Vec<Layout>, f64)> {
+    let width = geometry.out_size[1];
+    let (layout, cycles) = choose_layout::<S, C>(geometry, pq, &(0..width))?;
+    let seams = seams(&layout.phases, width, lanes::<S, C>());
+    let mut best = (vec![layout], cycles);
+    for seam in seams {
+        let left = choose_layout::<S, C>(geometry, pq, &(0..seam));
+        let right = choose_layout::<S, C>(geometry, pq, &(seam..width));
+        if let (Some((left, of_left)), Some((right, of_right))) = (left, right)
+            && of_left + of_right < best.1
+        {
+            best = (vec![left, right], of_left + of_right);
+        }
+    }
+    Some(best)
+}
+
+/// Choose the layout of a block of columns, and estimate the clock cycles of an image.
+/// `None` if there is no good one.
 fn choose_layout<S: Simd, C: Cell>(
     geometry: &ConvGeometry,
     pq: PqGeometry,
+    block: &Range<usize>,
 ) -> Option<(Layout, f64)> {
     let phases = Phase::all(geometry);
     let columns = phases.iter().map(|phase| phase.columns.len()).max()?;
@@ -301,7 +334,7 @@ fn choose_layout<S: Simd, C: Cell>(
     let lanes = lanes::<S, C>();
     let mut best: Option<(Cut, usize, usize, f64)> = None;
     let orders = TOGETHER.map(|together| batches(&phases, pq.n_subspaces, together, C::MAX_TERMS));
-    for cut in Cut::all(geometry, &phases, lanes) {
+    for cut in Cut::all(geometry, &phases, block, lanes) {
         for strip in [1, 2, 4] {
             if strip > cut.rows || !strip_fits::<S, C>(columns, strip) {
                 continue;
@@ -375,13 +408,14 @@ fn cost<S: Simd, C: Cell>(
         cycles += sources * plane_vectors * (reads + table);
         let columns = phase.columns.len() as f64;
         let n_terms = sources * pass.rows.len() as f64 * columns;
-        // Adding a vector, from L1 or L2, and its address, once per strip.
+        // Adding a vector, from L1 or L2, and loading where it is, once per strip.
         let halo = phase.rows.last().copied().unwrap_or(0);
         let window = together
             * pq.n_centroids
             * ((halo + strip) * lanes * size_of::<C::Element>()).next_multiple_of(LINE_BYTES);
         let outside = 1.0 - (L1_BYTES as f64 / window as f64).min(1.0);
-        let look_up = (vector * (1.35 + 0.64 * outside)).max(0.7 / strip as f64);
+        let load = 1.1 + 0.25 / strip as f64 + 0.64 * outside;
+        let look_up = (vector * load).max(0.7 / strip as f64);
         // Merging columns, loading and storing partial sums or accumulators.
         let partial = if pass.start { 0.0 } else { 0.7 };
         let end = match (pass.end, in_l2) {
@@ -414,12 +448,43 @@ impl<S: Simd, C: Cell> RowsConv<S, C> {
         if pq.subvector_dim > MAX_SUBVECTOR_DIM {
             return None;
         }
-        let (layout, cycles) = choose_layout::<S, C>(layer.geometry, pq)?;
+        let (layouts, cycles) = choose_layouts::<S, C>(layer.geometry, pq)?;
         Some(Candidate::new(cycles, move || {
-            Self::new(simd, layer.bias, layout.clone(), codebooks, codes)
+            let block =
+                |layout: &Layout| Block::new(simd, layer.bias, layout.clone(), codebooks, codes);
+            Self {
+                name: format!("{}-{}-rows", S::NAME, C::NAME),
+                blocks: layouts.iter().map(block).collect(),
+            }
         }))
     }
+}
 
+impl<S: Simd, C: Cell> Kernel for RowsConv<S, C> {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn scratch_len(&self, _: usize) -> usize {
+        let lens = self.blocks.iter().map(Block::scratch_len);
+        lens.max().unwrap_or(0)
+    }
+
+    fn run(&self, n: usize, input: &[f32], output: &mut [f32], scratch: &mut [f32]) {
+        for block in &self.blocks {
+            block.images(n, input, output, scratch, f32::NEG_INFINITY);
+        }
+    }
+
+    fn run_relu(&self, n: usize, input: &[f32], output: &mut [f32], scratch: &mut [f32]) -> bool {
+        for block in &self.blocks {
+            block.images(n, input, output, scratch, 0.0);
+        }
+        true
+    }
+}
+
+impl<S: Simd, C: Cell> Block<S, C> {
     fn new(
         simd: S,
         bias: Option<&[f32]>,
@@ -444,7 +509,6 @@ impl<S: Simd, C: Cell> RowsConv<S, C> {
         }
         Self {
             simd,
-            name: format!("{}-{}-rows", S::NAME, C::NAME),
             cells: C::new::<S>(&layout, codebooks, codes),
             offsets,
             layout,
@@ -473,28 +537,11 @@ impl<S: Simd, C: Cell> RowsConv<S, C> {
         ]
         .map(|len| len.next_multiple_of(LINE))
     }
-}
 
-impl<S: Simd, C: Cell> Kernel for RowsConv<S, C> {
-    fn name(&self) -> &str {
-        &self.name
-    }
-
-    fn scratch_len(&self, _: usize) -> usize {
+    fn scratch_len(&self) -> usize {
         self.scratch_parts().iter().sum()
     }
 
-    fn run(&self, n: usize, input: &[f32], output: &mut [f32], scratch: &mut [f32]) {
-        self.images(n, input, output, scratch, f32::NEG_INFINITY);
-    }
-
-    fn run_relu(&self, n: usize, input: &[f32], output: &mut [f32], scratch: &mut [f32]) -> bool {
-        self.images(n, input, output, scratch, 0.0);
-        true
-    }
-}
-
-impl<S: Simd, C: Cell> RowsConv<S, C> {
     /// Responses of `n` images, not less than `floor`.
     fn images(&self, n: usize, input: &[f32], output: &mut [f32], scratch: &mut [f32], floor: f32) {
         let layout = &self.layout;
@@ -559,7 +606,7 @@ impl Task for Split<'_> {
     }
 }
 
-impl<S: Simd, C: Cell> RowsConv<S, C> {
+impl<S: Simd, C: Cell> Block<S, C> {
     /// One tile of one group of one image.
     fn tile(
         &self,
@@ -583,7 +630,7 @@ impl<S: Simd, C: Cell> RowsConv<S, C> {
         let lanes = layout.lanes;
         let padded_outputs = layout.padded_outputs();
         let unit = self.simd.call(Inspect {
-            kernel: self,
+            block: self,
             group,
             inputs,
             scales,
@@ -597,7 +644,7 @@ impl<S: Simd, C: Cell> RowsConv<S, C> {
                 for (source, table) in pass.sources.clone().zip(built) {
                     let codebook = layout.codebook(group, layout.source(source).1);
                     self.simd.call(Build {
-                        kernel: self,
+                        block: self,
                         inputs,
                         source: (codebook, source),
                         scale,
@@ -631,7 +678,7 @@ impl<S: Simd, C: Cell> RowsConv<S, C> {
             }
         }
         self.simd.call(Write {
-            kernel: self,
+            block: self,
             group,
             tile: inputs.tile,
             unit,
@@ -683,7 +730,7 @@ impl<S: Simd, C: Cell> RowsConv<S, C> {
 
 /// [`Cell::inspect`].
 struct Inspect<'a, S, C> {
-    kernel: &'a RowsConv<S, C>,
+    block: &'a Block<S, C>,
     group: usize,
     inputs: &'a Inputs<'a>,
     scales: &'a mut [Scale],
@@ -695,14 +742,14 @@ impl<K, C: Cell> Task for Inspect<'_, K, C> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) -> f32 {
-        let cells = &self.kernel.cells;
+        let cells = &self.block.cells;
         cells.inspect(simd, self.inputs, self.group, self.scales, self.scratch)
     }
 }
 
 /// [`Cell::build`].
 struct Build<'a, S, C: Cell> {
-    kernel: &'a RowsConv<S, C>,
+    block: &'a Block<S, C>,
     inputs: &'a Inputs<'a>,
     source: (usize, usize),
     scale: Scale,
@@ -715,7 +762,7 @@ impl<K, C: Cell> Task for Build<'_, K, C> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let cells = &self.kernel.cells;
+        let cells = &self.block.cells;
         cells.build(
             simd,
             self.inputs,
@@ -865,7 +912,7 @@ impl Offsets {
 
 /// Write the responses of a tile, without the lanes of the halo.
 struct Write<'a, S, C> {
-    kernel: &'a RowsConv<S, C>,
+    block: &'a Block<S, C>,
     group: usize,
     tile: usize,
     /// What 1 in the accumulators stands for.
@@ -882,11 +929,11 @@ impl<K, C: Cell> Task for Write<'_, K, C> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let layout = &self.kernel.layout;
+        let layout = &self.block.layout;
         let cut = layout.cut;
         let g = &layout.geometry;
         let padded_outputs = layout.padded_outputs();
-        let bias = &self.kernel.bias[self.group * padded_outputs..][..padded_outputs];
+        let bias = &self.block.bias[self.group * padded_outputs..][..padded_outputs];
         let unit = simd.splat(self.unit);
         let floor = simd.splat(self.floor);
         let lanes = lanes::<S, C>();
@@ -929,6 +976,7 @@ mod tests {
     use super::*;
     use crate::graph::CodebookBits;
     use crate::isa::{Isa, Portable};
+    use crate::kernels::tests::UNEVEN;
 
     /// The responses of a kernel with a given layout, on levels that have its vectors.
     struct Run<'a> {
@@ -943,16 +991,16 @@ mod tests {
 
         #[inline(always)]
         fn run<S: Simd>(self, simd: S) -> Option<Vec<f32>> {
-            type Kernel<S> = RowsConv<S, Short<ByteCodebook>>;
+            type Bytes<S> = Block<S, Short<ByteCodebook>>;
             if lanes::<S, Short<ByteCodebook>>() != self.layout.lanes {
                 return None;
             }
             let layout = self.layout.clone();
             let g = layout.geometry.clone();
-            let kernel = Kernel::new(simd, None, layout, self.codebooks, self.codes);
+            let block = Bytes::new(simd, None, layout, self.codebooks, self.codes);
             let mut output = vec![f32::NAN; g.out_channels * g.out_pixels()];
-            let mut scratch = vec![f32::NAN; kernel.scratch_len(1)];
-            kernel.run(1, self.input, &mut output, &mut scratch);
+            let mut scratch = vec![f32::NAN; block.scratch_len()];
+            block.images(1, self.input, &mut output, &mut scratch, f32::NEG_INFINITY);
             Some(output)
         }
     }
@@ -977,7 +1025,8 @@ mod tests {
         let input: Vec<f32> = (0..geometry.in_channels * geometry.in_pixels())
             .map(|i| number(i * 3))
             .collect();
-        let chosen = choose_layout::<Portable<N>, Short<ByteCodebook>>(geometry, pq);
+        let columns = 0..geometry.out_size[1];
+        let chosen = choose_layout::<Portable<N>, Short<ByteCodebook>>(geometry, pq, &columns);
         let (mut layout, _) = chosen.unwrap();
         // In whole panels of any level.
         layout.table_rows = n_centroids.next_multiple_of(8);
@@ -999,6 +1048,25 @@ mod tests {
             if let Some(output) = isa.level().unwrap().call(run) {
                 assert_eq!(output, expected, "{isa} {geometry:?} {pq:?}");
             }
+        }
+    }
+
+    /// So that a test of all kernels sees such layouts.
+    #[test]
+    fn uneven_maps_are_cut_into_two_blocks() {
+        let pq = PqGeometry {
+            n_subspaces: 1,
+            n_centroids: 16,
+            subvector_dim: 4,
+            codebook_groups: 1,
+            codebook_bits: CodebookBits::Float32,
+        };
+        for (input, kernel, stride) in UNEVEN {
+            let geometry =
+                ConvGeometry::new("x", input, 96, kernel, stride, [1, 1], [1; 4], 1).unwrap();
+            let chosen = choose_layouts::<Portable<16>, Short<WordCodebook>>(&geometry, pq);
+            let (layouts, _) = chosen.unwrap();
+            assert_eq!(layouts.len(), 2, "{geometry:?}");
         }
     }
 

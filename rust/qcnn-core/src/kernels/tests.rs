@@ -638,6 +638,33 @@ fn conv_blocks() {
     report(&failures);
 }
 
+/// Input, kernel and stride of layers with 96 outputs whose maps whole vectors, or equal
+/// parts of them, cover badly.
+pub(super) const UNEVEN: [([usize; 3], [usize; 2], [usize; 2]); 4] = [
+    ([4, 8, 16], [3, 3], [1, 1]),
+    ([4, 8, 32], [3, 3], [1, 1]),
+    ([4, 8, 34], [5, 5], [1, 1]),
+    ([4, 16, 32], [3, 3], [1, 2]),
+];
+
+#[test]
+fn conv_columns_in_two_blocks() {
+    let mut failures = Vec::new();
+    for (input, kernel, stride) in UNEVEN {
+        let case = ConvCase {
+            input,
+            out_channels: 96,
+            kernel,
+            stride,
+            padding: [1; 4],
+            pq: pq(16, 4),
+            ..ConvCase::default()
+        };
+        failures.extend(case.check().err());
+    }
+    report(&failures);
+}
+
 #[test]
 fn conv_strides_dilations_groups() {
     let mut failures = Vec::new();

@@ -149,9 +149,11 @@ impl Phase {
     }
 }
 
-/// How a map is cut into tiles of whole vectors.
+/// How a map, or some columns of it, is cut into tiles of whole vectors.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::kernels) struct Cut {
+    /// First column of the map.
+    first_column: usize,
     /// Parts of a vector, each with a block of the map of its own.
     pub parts: usize,
     /// Lanes of a part.
@@ -160,9 +162,9 @@ pub(in crate::kernels) struct Cut {
     pub width: usize,
     /// Rows that a part of a tile holds: output vectors of a tile.
     pub rows: usize,
-    /// Parts side by side that cover a row of the map.
+    /// Parts side by side that cover a row.
     parts_across: usize,
-    /// Tiles of the map.
+    /// How many there are.
     pub tiles: usize,
 }
 
@@ -172,16 +174,16 @@ impl Cut {
     fn new(
         geometry: &ConvGeometry,
         phases: &[Phase],
+        columns: &Range<usize>,
         [lanes, part_lanes]: [usize; 2],
         rows: usize,
     ) -> Option<Self> {
-        let columns = phases.iter().flat_map(|phase| &phase.columns);
-        let reach = columns.copied().max().unwrap_or(0);
-        let width = part_lanes.checked_sub(reach).filter(|width| *width > 0)?;
+        let width = part_width(phases, part_lanes)?;
         let parts = lanes / part_lanes;
-        let parts_across = geometry.out_size[1].div_ceil(width);
+        let parts_across = columns.len().div_ceil(width);
         let parts_down = geometry.out_size[0].div_ceil(rows);
         Some(Self {
+            first_column: columns.start,
             parts,
             part_lanes,
             width,
@@ -191,18 +193,21 @@ impl Cut {
         })
     }
 
-    /// All reasonable ways to cut a map.
-    pub fn all(geometry: &ConvGeometry, phases: &[Phase], lanes: usize) -> Vec<Self> {
+    /// All reasonable ways to cut some columns of a map.
+    pub fn all(
+        geometry: &ConvGeometry,
+        phases: &[Phase],
+        columns: &Range<usize>,
+        lanes: usize,
+    ) -> Vec<Self> {
+        let mut heights: Vec<usize> = (1..=geometry.out_size[0])
+            .map(|parts| geometry.out_size[0].div_ceil(parts))
+            .collect();
+        heights.dedup();
         let mut cuts = Vec::new();
-        let mut part_lanes = lanes;
-        while part_lanes >= MIN_PART_LANES {
-            let mut heights: Vec<usize> = (1..=geometry.out_size[0])
-                .map(|parts| geometry.out_size[0].div_ceil(parts))
-                .collect();
-            heights.dedup();
-            let cut = |rows| Self::new(geometry, phases, [lanes, part_lanes], rows);
-            cuts.extend(heights.into_iter().filter_map(cut));
-            part_lanes /= 2;
+        for part_lanes in all_part_lanes(lanes) {
+            let cut = |&rows| Self::new(geometry, phases, columns, [lanes, part_lanes], rows);
+            cuts.extend(heights.iter().filter_map(cut));
         }
         cuts
     }
@@ -213,9 +218,44 @@ impl Cut {
         let i = tile * self.parts + part;
         [
             i / self.parts_across * self.rows,
-            i % self.parts_across * self.width,
+            self.first_column + i % self.parts_across * self.width,
         ]
     }
+}
+
+/// Lanes that the parts of a vector may have.
+fn all_part_lanes(lanes: usize) -> impl Iterator<Item = usize> {
+    std::iter::successors(Some(lanes), |lanes| Some(lanes / 2))
+        .take_while(|lanes| *lanes >= MIN_PART_LANES)
+}
+
+/// Outputs that a part holds beside its halo, if any.
+fn part_width(phases: &[Phase], part_lanes: usize) -> Option<usize> {
+    let columns = phases.iter().flat_map(|phase| &phase.columns);
+    let reach = columns.copied().max().unwrap_or(0);
+    part_lanes.checked_sub(reach).filter(|width| *width > 0)
+}
+
+/// Columns of a map at which parts of some width end, where cutting what is left in
+/// another way takes clearly fewer vectors.
+pub(in crate::kernels) fn seams(phases: &[Phase], columns: usize, lanes: usize) -> Vec<usize> {
+    let widths: Vec<(usize, usize)> = all_part_lanes(lanes)
+        .filter_map(|part_lanes| Some((lanes / part_lanes, part_width(phases, part_lanes)?)))
+        .collect();
+    // Vectors that a row of the map takes.
+    let vectors = |columns: usize| {
+        let ways = widths.iter();
+        ways.map(|(parts, width)| columns.div_ceil(*width) as f64 / *parts as f64)
+            .fold(f64::INFINITY, f64::min)
+    };
+    let mut seams: Vec<usize> = widths
+        .iter()
+        .map(|(_, width)| columns / width * width)
+        .filter(|seam| vectors(*seam) + vectors(columns - seam) < 0.95 * vectors(columns))
+        .collect();
+    seams.sort_unstable();
+    seams.dedup();
+    seams
 }
 
 /// Terms that are summed before they go to the accumulators: some of the taps of
