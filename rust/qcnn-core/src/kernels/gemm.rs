@@ -52,7 +52,7 @@ pub(crate) struct IntegerGemmConv<S, F> {
     geometry: ConvGeometry,
     planes: Planes,
     /// Where each row of the im2col matrix starts in the planes of a group.
-    rows: Vec<usize>,
+    starts: Vec<usize>,
     rounding: Rounding,
     /// For each group panels of `pair_rows` outputs: `(groups of rows of the im2col
     /// matrix, pair_rows)`.
@@ -243,7 +243,7 @@ impl<S: Simd, F: Factors> IntegerGemmConv<S, F> {
         Self {
             simd,
             name: format!("{}-{}-gemm", S::NAME, F::NAME),
-            rows: starts,
+            starts,
             planes,
             rounding,
             weights: packed,
@@ -471,7 +471,7 @@ impl<K: Simd, F: Factors> Task for PackColumns<'_, K, F> {
         let lanes = panel_columns::<S>();
         let mut packed = self.packed.chunks_exact_mut(2 * lanes);
         for first in self.columns.step_by(lanes) {
-            for starts in self.kernel.rows.chunks(F::GROUP) {
+            for starts in self.kernel.starts.chunks(F::GROUP) {
                 let mut rows = [simd.zero_i16(); MAX_GROUP];
                 for i in 0..F::GROUP {
                     if let Some(start) = starts.get(i) {
