@@ -204,6 +204,23 @@ impl Level {
 /// The most float32 lanes of any level.
 pub(crate) const MAX_LANES: usize = 16;
 
+/// The bytes of a vector, zeros behind them.
+#[inline(always)]
+fn bytes_of<S: Simd>(simd: S, vector: S::I8) -> [u8; 4 * MAX_LANES] {
+    let mut bytes = [0u8; 4 * MAX_LANES];
+    // SAFETY: there is room for a vector of the most lanes.
+    unsafe { simd.store_i8(bytes.as_mut_ptr().cast(), vector) };
+    bytes
+}
+
+/// `f` of every byte.
+#[inline(always)]
+fn map_bytes<S: Simd>(simd: S, vector: S::I8, f: impl Fn(u8) -> u8) -> S::I8 {
+    let bytes = bytes_of(simd, vector).map(f);
+    // SAFETY: there are at least as many bytes as a vector has.
+    unsafe { simd.load_i8(bytes.as_ptr().cast()) }
+}
+
 /// Work that is compiled once per level.
 pub(crate) trait Task {
     /// What the work returns.
@@ -229,6 +246,9 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
     /// Clock cycles that [`look_up_i8`](Self::look_up_i8) takes with 16 and with 32
     /// entries, with its share of the sums that go with it.
     const BYTE_LOOK_UP_CYCLES: [f64; 2];
+    /// Clock cycles that [`look_up_packed`](Self::look_up_packed) takes with 4, 5 and 6
+    /// bits, with unpacking and adding.
+    const PACKED_LOOK_UP_CYCLES: [f64; 3] = [24.0 * Self::LANES as f64; 3];
     /// The same for [`look_up_f32`](Self::look_up_f32).
     const LOOK_UP_F32_CYCLES: [f64; 3];
     /// Clock cycles that [`count_differences`](Self::count_differences) takes, with
@@ -459,6 +479,53 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
         tables: *const i8,
         indices: Self::I8,
     ) -> Self::I8;
+
+    /// Bits `4 * i` to `4 * i + 3` of every byte, `i` being 0 or 1.
+    #[inline(always)]
+    fn half_bytes(self, packed: Self::I8, i: usize) -> Self::I8 {
+        map_bytes(self, packed, |byte| byte >> (4 * i) & 15)
+    }
+
+    /// Bit `i` of every byte becomes its highest; the others become anything.
+    #[inline(always)]
+    fn raise_bits(self, packed: Self::I8, i: usize) -> Self::I8 {
+        map_bytes(self, packed, |byte| byte << (7 - i))
+    }
+
+    /// Every byte's entry of a table, whose number has 4 to 6 bits: `low`, at most 15, and
+    /// above it the highest bits of each `high`, as far as there are so many.
+    ///
+    /// # Safety
+    ///
+    /// `table` is valid for reads of `2^BITS` values.
+    #[inline(always)]
+    unsafe fn look_up_packed<const BITS: u32>(
+        self,
+        table: *const u8,
+        low: Self::I8,
+        high: [Self::I8; 2],
+    ) -> Self::I8 {
+        let [mut numbers, fours, fives] = [low, high[0], high[1]].map(|v| bytes_of(self, v));
+        for i in 0..4 * Self::LANES {
+            let upper = usize::from(fours[i] >> 7) << 4 | usize::from(fives[i] >> 7) << 5;
+            let number = (usize::from(numbers[i]) | upper) & ((1 << BITS) - 1);
+            // SAFETY: as promised by the caller.
+            numbers[i] = unsafe { *table.add(number) };
+        }
+        // SAFETY: there are at least as many bytes as a vector has.
+        unsafe { self.load_i8(numbers.as_ptr().cast()) }
+    }
+
+    /// Add bytes from 0 to 255, those of even positions to the first sums, modulo 2^16.
+    #[inline(always)]
+    fn add_bytes(self, sums: [Self::I16; 2], bytes: Self::I8) -> [Self::I16; 2] {
+        let bytes = bytes_of(self, bytes);
+        std::array::from_fn(|odd| {
+            let widened: [i16; 2 * MAX_LANES] = std::array::from_fn(|i| bytes[2 * i + odd].into());
+            // SAFETY: there are at least as many numbers as a vector has.
+            self.add_i16(sums[odd], unsafe { self.load_i16(widened.as_ptr()) })
+        })
+    }
 
     /// `a + b`, modulo 2^8.
     fn add_i8(self, a: Self::I8, b: Self::I8) -> Self::I8;
@@ -748,6 +815,9 @@ mod tests {
 
         check_byte_look_up::<S, 16>(s);
         check_byte_look_up::<S, 32>(s);
+        check_packed_look_up::<S, 4>(s);
+        check_packed_look_up::<S, 5>(s);
+        check_packed_look_up::<S, 6>(s);
 
         let source: Vec<f32> = (0..S::LANES * (S::LANES + 1)).map(|i| i as f32).collect();
         for [rows, columns] in [[S::LANES; 2], [1, S::LANES], [S::LANES, 3], [2, 1]] {
@@ -860,6 +930,44 @@ mod tests {
             }
             let expected: Vec<i8> = (0..4 * S::LANES).map(|i| tables[index(i)]).collect();
             assert_eq!(found, expected, "{} {ENTRIES}", S::NAME);
+        }
+    }
+
+    /// Numbers of `BITS` bits, of which eight are packed in as many bits of a vector each.
+    #[inline(always)]
+    fn check_packed_look_up<S: Simd, const BITS: u32>(s: S) {
+        let n = 1usize << BITS;
+        let table: Vec<u8> = (0..n).map(|i| (i * 37 + 200) as u8).collect();
+        let number = |i: usize, j: usize| (i * 13 + j * 7 + i * j) % n;
+        let packed: Vec<Vec<u8>> = (0..BITS as usize)
+            .map(|vector| {
+                let byte = |i: usize| match vector {
+                    0..4 => (number(i, 2 * vector) % 16) | ((number(i, 2 * vector + 1) % 16) << 4),
+                    _ => (0..8).fold(0, |byte, j| byte | (number(i, j) >> vector & 1) << j),
+                };
+                (0..4 * S::LANES).map(|i| byte(i) as u8).collect()
+            })
+            .collect();
+        // SAFETY: each has the bytes of a vector.
+        let load = |vector: usize| unsafe { s.load_i8(packed[vector].as_ptr().cast()) };
+        for j in 0..8 {
+            let low = s.half_bytes(load(j / 2), j % 2);
+            let four = s.raise_bits(load(4.min(BITS as usize - 1)), j);
+            let five = s.raise_bits(load(5.min(BITS as usize - 1)), j);
+            let mut sums = [vec![0i16; 2 * S::LANES], vec![0i16; 2 * S::LANES]];
+            // SAFETY: the table has 2^BITS entries, the sums hold a vector each.
+            unsafe {
+                let entries = s.look_up_packed::<BITS>(table.as_ptr(), low, [four, five]);
+                let before = [s.splat_pair(0x0001_0001), s.splat_pair(-1)];
+                let added = s.add_bytes(before, entries);
+                for (sums, added) in sums.iter_mut().zip(added) {
+                    s.store_i16(sums.as_mut_ptr(), added);
+                }
+            }
+            for i in 0..4 * S::LANES {
+                let expected = i16::from(table[number(i, j)]) + [1, -1][i % 2];
+                assert_eq!(sums[i % 2][i / 2], expected, "{} {BITS} {i} {j}", S::NAME);
+            }
         }
     }
 

@@ -13,10 +13,11 @@ use std::arch::x86_64::{
     _mm256_packs_epi16, _mm256_packs_epi32, _mm256_permute2x128_si256, _mm256_permute4x64_epi64,
     _mm256_permute4x64_pd, _mm256_permutevar8x32_epi32, _mm256_permutevar8x32_ps, _mm256_rsqrt_ps,
     _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi32,
-    _mm256_setzero_si256, _mm256_shuffle_epi8, _mm256_shuffle_ps, _mm256_slli_epi16,
-    _mm256_slli_epi32, _mm256_sllv_epi32, _mm256_srai_epi16, _mm256_srai_epi32, _mm256_srl_epi16,
-    _mm256_srl_epi32, _mm256_srli_epi16, _mm256_srli_epi32, _mm256_srlv_epi32, _mm256_storeu_ps,
-    _mm256_storeu_si256, _mm256_unpackhi_epi32, _mm256_unpacklo_epi32, _mm256_xor_si256,
+    _mm256_setzero_si256, _mm256_shuffle_epi8, _mm256_shuffle_ps, _mm256_sll_epi16,
+    _mm256_slli_epi16, _mm256_slli_epi32, _mm256_sllv_epi32, _mm256_srai_epi16, _mm256_srai_epi32,
+    _mm256_srl_epi16, _mm256_srl_epi32, _mm256_srli_epi16, _mm256_srli_epi32, _mm256_srlv_epi32,
+    _mm256_storeu_ps, _mm256_storeu_si256, _mm256_unpackhi_epi32, _mm256_unpacklo_epi32,
+    _mm256_xor_si256,
 };
 
 use super::{Simd, Task};
@@ -31,6 +32,7 @@ impl Simd for Avx2 {
     const REGISTERS: usize = 16;
     const LOOK_UP_CYCLES: [f64; 3] = [2.9, 4.7, 8.6];
     const BYTE_LOOK_UP_CYCLES: [f64; 2] = [5.0, 8.0];
+    const PACKED_LOOK_UP_CYCLES: [f64; 3] = [3.0, 3.5, 5.5];
     const LOOK_UP_F32_CYCLES: [f64; 3] = [2.0, 3.8, 7.5];
     const DOT_BYTES_CYCLES: f64 = 3.0;
     const COUNT_CYCLES: f64 = 2.5;
@@ -399,6 +401,57 @@ impl Simd for Avx2 {
                 found = _mm256_or_si256(found, entries);
             }
             found
+        }
+    }
+
+    #[inline(always)]
+    fn half_bytes(self, packed: __m256i, i: usize) -> __m256i {
+        // SAFETY: `self` proves AVX2.
+        unsafe {
+            let shifted = _mm256_srl_epi16(packed, _mm_cvtsi32_si128(4 * i as i32));
+            _mm256_and_si256(shifted, _mm256_set1_epi8(15))
+        }
+    }
+
+    #[inline(always)]
+    fn raise_bits(self, packed: __m256i, i: usize) -> __m256i {
+        // SAFETY: `self` proves AVX2.
+        unsafe { _mm256_sll_epi16(packed, _mm_cvtsi32_si128(7 - i as i32)) }
+    }
+
+    #[inline(always)]
+    unsafe fn look_up_packed<const BITS: u32>(
+        self,
+        table: *const u8,
+        low: __m256i,
+        high: [__m256i; 2],
+    ) -> __m256i {
+        // SAFETY: `self` proves AVX2; the caller vouches for 2^BITS entries. A blend sees
+        // the highest bit of each byte.
+        unsafe {
+            let sixteen = |i: usize| {
+                let entries = _mm_loadu_si128(table.add(16 * i).cast());
+                _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(entries), low)
+            };
+            let thirty_two =
+                |i: usize| _mm256_blendv_epi8(sixteen(2 * i), sixteen(2 * i + 1), high[0]);
+            match BITS {
+                4 => sixteen(0),
+                5 => thirty_two(0),
+                _ => _mm256_blendv_epi8(thirty_two(0), thirty_two(1), high[1]),
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn add_bytes(self, [even, odd]: [__m256i; 2], bytes: __m256i) -> [__m256i; 2] {
+        // SAFETY: `self` proves AVX2.
+        unsafe {
+            let of_even = _mm256_and_si256(bytes, _mm256_set1_epi16(255));
+            [
+                _mm256_add_epi16(even, of_even),
+                _mm256_add_epi16(odd, _mm256_srli_epi16::<8>(bytes)),
+            ]
         }
     }
 

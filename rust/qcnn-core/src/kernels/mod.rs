@@ -10,6 +10,7 @@
 //! An image's response does not depend on the batch it comes in: every kernel
 //! sums in the same order for one image and for many.
 
+mod bytes;
 mod channels;
 mod entry;
 mod factors;
@@ -35,6 +36,7 @@ use crate::ops::fc::GemmFc;
 use crate::ops::norm::BatchNorm;
 use crate::pack::Codes;
 use crate::precision::Precision;
+use bytes::BytesFc;
 use channels::ChannelsConv;
 use factors::{Bytes, Words};
 use gemm::IntegerGemmConv;
@@ -358,6 +360,7 @@ fn fc_kernels_of<'a, S: Simd>(
     simd: S,
     precision: Precision,
 ) -> Vec<Candidate<'a>> {
+    let int8 = [BytesFc::candidate(simd, layer)];
     let fast = [PermuteFc::<S, i16>::candidate(simd, layer)];
     let exact = [
         PermuteFc::<S, f32>::candidate(simd, layer),
@@ -365,9 +368,10 @@ fn fc_kernels_of<'a, S: Simd>(
         XnorFc::candidate(simd, layer),
         Some(GemmFc::candidate(simd, layer)),
     ];
-    let mut candidates: Vec<_> = fast
+    let mut candidates: Vec<_> = int8
         .into_iter()
-        .filter(|_| precision >= Precision::Fast)
+        .filter(|_| precision >= Precision::Int8)
+        .chain(fast.into_iter().filter(|_| precision >= Precision::Fast))
         .chain(exact)
         .flatten()
         .collect();
