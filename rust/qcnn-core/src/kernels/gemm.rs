@@ -383,7 +383,7 @@ impl<S: Simd, F: Factors> IntegerGemmConv<S, F> {
                 if rows == 12 {
                     self.simd.call(Rows::<F, 12>(product, PhantomData));
                 } else {
-                    self.simd.call(Rows::<F, 4>(product, PhantomData));
+                    self.simd.call(Rows::<F, 6>(product, PhantomData));
                 }
             }
         }

@@ -98,9 +98,9 @@ pub(crate) unsafe fn store_tile<S: Simd, const R: usize, const V: usize>(
 }
 
 /// Rows of the tile of 16-bit matrix products on this level: with 2 vectors each
-/// the sums take three quarters of the registers, or less.
+/// the sums take three quarters of the registers.
 pub(crate) const fn pair_rows<S: Simd>() -> usize {
-    if S::REGISTERS >= 32 { 12 } else { 4 }
+    if S::REGISTERS >= 32 { 12 } else { 6 }
 }
 
 /// Two 16-bit factors for [`Simd::splat_pair`].
