@@ -15,8 +15,8 @@ pub enum Precision {
     /// every image from bounds that hold for it, so that nothing can overflow.
     #[default]
     Fast,
-    /// Also convolutions with 8-bit tables, or with inputs and codewords of 8 bits, where
-    /// that is faster still. Their scales are derived in the same way.
+    /// Also 8-bit tables, or inputs and codewords of 8 bits in convolutions, where that is
+    /// faster still. Their scales are derived in the same way.
     Int8,
 }
 
