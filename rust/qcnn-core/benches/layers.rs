@@ -419,8 +419,10 @@ const FCS: [Fc; 3] = [
     },
 ];
 
-fn bench_fc(bencher: Bencher<'_, '_>, case: &Case<Fc>, quantized: bool) {
+/// Product-quantised for a precision, or dense.
+fn bench_fc(bencher: Bencher<'_, '_>, case: &Case<Fc>, precision: Option<Precision>) {
     let fc = &case.layer;
+    let quantized = precision.is_some();
     let pq = PqGeometry {
         n_subspaces: fc.inputs.div_ceil(fc.subvector_dim),
         n_centroids: fc.n_centroids,
@@ -446,7 +448,8 @@ fn bench_fc(bencher: Bencher<'_, '_>, case: &Case<Fc>, quantized: bool) {
         },
         bias: None,
     };
-    let kernel = fc_kernels(&layer, case.isa, Precision::Fast)[0].build();
+    let precision = precision.unwrap_or_default();
+    let kernel = fc_kernels(&layer, case.isa, precision)[0].build();
     run(
         bencher,
         &*kernel,
@@ -459,10 +462,16 @@ fn bench_fc(bencher: Bencher<'_, '_>, case: &Case<Fc>, quantized: bool) {
 
 #[divan::bench(args = cases(&FCS, &[1, 16]))]
 fn fc_quantized(bencher: Bencher<'_, '_>, case: &Case<Fc>) {
-    bench_fc(bencher, case, true);
+    bench_fc(bencher, case, Some(Precision::Fast));
+}
+
+/// The same with 8-bit tables, where they are faster.
+#[divan::bench(args = cases(&FCS, &[1, 16]))]
+fn fc_int8(bencher: Bencher<'_, '_>, case: &Case<Fc>) {
+    bench_fc(bencher, case, Some(Precision::Int8));
 }
 
 #[divan::bench(args = cases(&FCS, &[1, 16]))]
 fn fc_dense(bencher: Bencher<'_, '_>, case: &Case<Fc>) {
-    bench_fc(bencher, case, false);
+    bench_fc(bencher, case, None);
 }
