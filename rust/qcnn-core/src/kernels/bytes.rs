@@ -26,6 +26,8 @@
 
 use std::ops::Range;
 
+use super::entry::MAX_CHUNK;
+use super::permute::build_tables;
 use super::words::transpose_codebooks;
 use super::{Candidate, FcLayer, Kernel, Weights, vector_cycles};
 use crate::graph::PqGeometry;
@@ -36,7 +38,7 @@ use crate::pack::Codes;
 /// Subspaces whose codes are packed together.
 const OCTET: usize = 8;
 
-/// Subspaces in a chunk: whole octets.
+/// Subspaces in a chunk: whole octets, at most [`MAX_CHUNK`].
 pub(super) const CHUNK: usize = 64;
 
 /// Most vectors of outputs that are summed up together.
@@ -264,18 +266,15 @@ impl<const BITS: u32> Task for Responses<'_, BITS> {
             bytes,
             sums,
         } = self.0;
-        let mut subspaces = [0; CHUNK];
-        let (n_active, greatest) = entries_of::<S, BITS>(
-            simd,
-            subvector_dim,
-            codebooks,
-            input,
-            entries,
-            &mut subspaces,
-        );
+        let mut subspaces = [0; MAX_CHUNK];
+        let codebooks = (subvector_dim, codebooks);
+        let n_active =
+            build_tables::<S, f32, BITS>(simd, codebooks, input, 1.0, entries, &mut subspaces);
         if n_active == 0 {
             return;
         }
+        let entries = &entries[..n_active << BITS];
+        let greatest = greatest_of(simd, entries);
         // Not a number if an input is none, or infinite: nor are the responses.
         let scale = if greatest.is_finite() {
             (127.0 / greatest).min(MAX_SCALE)
@@ -283,7 +282,6 @@ impl<const BITS: u32> Task for Responses<'_, BITS> {
             f32::NAN
         };
         let tables = &mut bytes[..n_active << BITS];
-        let entries = &entries[..n_active << BITS];
         for i in 0..tables.len() {
             tables[i] = (entries[i] * scale + ROUND).to_bits() as u8;
         }
@@ -309,50 +307,17 @@ impl<const BITS: u32> Task for Responses<'_, BITS> {
     }
 }
 
-/// The entries of the tables of those subspaces that have inputs other than zero, one table
-/// after the other. Lists the subspaces, returns how many there are and the greatest
-/// magnitude of an entry, NaN if one is NaN.
+/// The greatest magnitude of whole vectors of entries, NaN if one is NaN.
 #[inline(always)]
-fn entries_of<S: Simd, const BITS: u32>(
-    simd: S,
-    dim: usize,
-    codebooks: &[f32],
-    input: &[f32],
-    entries: &mut [f32],
-    subspaces: &mut [usize; CHUNK],
-) -> (usize, f32) {
-    let codewords = 1 << BITS;
-    assert!(codebooks.len() >= input.len() * codewords);
-    let mut tables = entries.chunks_exact_mut(codewords);
+fn greatest_of<S: Simd>(simd: S, entries: &[f32]) -> f32 {
     let mut greatest = simd.splat(0.0);
-    let mut n_active = 0;
-    for (m, input) in input.chunks(dim).enumerate() {
-        if input.iter().all(|x| *x == 0.0) {
-            continue;
-        }
-        let table = tables.next().expect("there is room for all subspaces");
-        for k in (0..codewords).step_by(S::LANES) {
-            let mut sum = simd.splat(0.0);
-            for (j, x) in input.iter().enumerate() {
-                // SAFETY: channel m * dim + j has a row of `codewords` values, as asserted; k
-                // is a multiple of the lanes, as `codewords` is.
-                let row = unsafe {
-                    let row = codebooks.as_ptr().add((m * dim + j) * codewords);
-                    simd.load(row.add(k))
-                };
-                sum = simd.mul_add(simd.splat(*x), row, sum);
-            }
-            greatest = simd.max(greatest, simd.abs(sum));
-            // SAFETY: as above; a table has `codewords` entries.
-            unsafe { simd.store(table.as_mut_ptr().add(k), sum) };
-        }
-        subspaces[n_active] = m;
-        n_active += 1;
+    for vector in entries.chunks_exact(S::LANES) {
+        greatest = simd.max(greatest, simd.abs(simd.load_first(vector)));
     }
     let mut lanes = [0.0; MAX_LANES];
     simd.store_first(&mut lanes, greatest);
     let greater = |a: f32, b: f32| if b > a || b.is_nan() { b } else { a };
-    (n_active, lanes.into_iter().fold(0.0, greater))
+    lanes.into_iter().fold(0.0, greater)
 }
 
 /// A block of vectors of outputs, which lie far apart, see [`permute`](super::permute).
@@ -366,7 +331,7 @@ struct Block<'a> {
     /// From one vector to the next.
     distance: usize,
     /// Those that have tables.
-    subspaces: &'a [usize],
+    subspaces: &'a [u16],
     tables: &'a [u8],
     /// What 1 in the tables means.
     step: f32,
@@ -389,7 +354,7 @@ impl Block<'_> {
         let mut totals = [[bias; 2]; V];
         assert!(self.tables.len() >= self.subspaces.len() << BITS);
         for active in 0..self.subspaces.len() {
-            let m = self.subspaces[active];
+            let m = usize::from(self.subspaces[active]);
             let (octet, i) = (m / OCTET, m % OCTET);
             assert!((octet + 1) * octet_len <= self.len);
             for v in 0..V {

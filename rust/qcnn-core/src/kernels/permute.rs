@@ -479,8 +479,9 @@ impl<E: Entry, const BITS: u32> Task for Responses<'_, E, BITS> {
         assert!(chunk.len <= MAX_CHUNK && sums.len() == n_vectors * columns);
         let scale = Scale(chunk, input).run(simd);
         let mut subspaces = [0; MAX_CHUNK];
+        let codebooks = (chunk.subvector_dim, chunk.codebooks);
         let n_active =
-            build_tables::<S, E, BITS>(simd, chunk, input, scale, tables, &mut subspaces);
+            build_tables::<S, E, BITS>(simd, codebooks, input, scale, tables, &mut subspaces);
         if n_active == 0 {
             return;
         }
@@ -507,19 +508,19 @@ impl<E: Entry, const BITS: u32> Task for Responses<'_, E, BITS> {
 }
 
 /// Build the tables of those subspaces that have inputs other than zero, one
-/// after the other, and list the subspaces. Returns how many there are.
+/// after the other, and list the subspaces. Returns how many there are. Codebooks of
+/// sub-vectors of length `dim` are `(subspaces, C', 2^BITS)`.
 #[inline(always)]
-fn build_tables<S: Simd, E: Entry, const BITS: u32>(
+pub(super) fn build_tables<S: Simd, E: Entry, const BITS: u32>(
     simd: S,
-    chunk: &Chunk<'_, E>,
+    (dim, codebooks): (usize, &[f32]),
     input: &[f32],
     scale: f32,
     tables: &mut [E],
     subspaces: &mut [u16; MAX_CHUNK],
 ) -> usize {
     let codewords = 1 << BITS;
-    let dim = chunk.subvector_dim;
-    assert!(chunk.codebooks.len() >= input.len() * codewords);
+    assert!(codebooks.len() >= input.len() * codewords);
     let mut tables = tables.chunks_exact_mut(E::table_len(BITS));
     let mut n_active = 0;
     for (m, input) in input.chunks(dim).enumerate() {
@@ -538,7 +539,7 @@ fn build_tables<S: Simd, E: Entry, const BITS: u32>(
                     // values, as asserted; k is a multiple of the lanes, as
                     // `codewords` is.
                     let codewords = unsafe {
-                        let row = chunk.codebooks.as_ptr().add((m * dim + j) * codewords);
+                        let row = codebooks.as_ptr().add((m * dim + j) * codewords);
                         simd.load(row.add(k))
                     };
                     *sum = simd.mul_add(x, codewords, *sum);
