@@ -17,13 +17,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from qcnn_py.contenders import Contender, compile_peers, packages_of
+from qcnn_py.cpu import describe_cpu
 from qcnn_py.errors import ConfigError, QcnnError, ShapeError
 from qcnn_py.model import Model, available_isas
 from qcnn_py.network import FloatArray, LayerInfo, Network, Node
@@ -319,7 +319,7 @@ def describe_environment(packages: Sequence[str] = ()) -> dict[str, Any]:
     packages : sequence of str
         Packages besides NumPy and this one whose versions count.
     """
-    cpu, flags = _cpu()
+    cpu, flags = describe_cpu()
     return {
         "cpu": cpu,
         "cpu_flags": flags,
@@ -637,21 +637,3 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _cpu() -> tuple[str, list[str]]:
-    """Name of the CPU and its vector extensions, as far as the system tells."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor() or platform.machine(), []
-    fields: dict[str, str] = {}
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip(), value.strip())
-    flags = fields.get("flags", fields.get("Features", "")).split()
-    vector = [flag for flag in flags if flag.startswith(_VECTOR_FLAGS)]
-    return fields.get("model name", platform.machine()), sorted(vector)
-
-
-_VECTOR_FLAGS = ("amx", "avx", "fma", "f16c", "sse4", "ssse3", "asimd", "neon", "sve")

@@ -12,7 +12,7 @@ import pytest
 from qcnn_py import ConfigError, Network, QuantizedWeights
 from qcnn_py.architectures import conv_fc
 from qcnn_py.benchmarking import benchmark
-from qcnn_py.contenders import PEERS, compile_peers, packages_of
+from qcnn_py.contenders import PEERS, _saturates, compile_peers, packages_of
 
 needs_openvino = pytest.mark.skipif(
     importlib.util.find_spec("openvino") is None,
@@ -144,3 +144,18 @@ def test_missing_package_names_the_extra(network, peer, monkeypatch):
         match=rf"{peer}, which needs the package openvino: pip install 'qcnn\[bench\]'",
     ):
         race(network, ["onnxruntime-fp32", peer])
+
+
+@pytest.mark.parametrize(
+    ("flags", "saturates"),
+    [
+        (["avx", "avx2", "fma"], True),
+        (["avx2", "avx512bw", "avx512f"], True),
+        (["avx2", "avx512_vnni"], False),
+        (["avx2", "avx_vnni"], False),
+        (["asimd", "asimddp"], False),
+        ([], False),
+    ],
+)
+def test_weights_have_seven_bits_where_products_saturate(flags, saturates):
+    assert _saturates(flags) == saturates
