@@ -26,7 +26,7 @@
 
 use std::ops::Range;
 
-use super::entry::MAX_CHUNK;
+use super::entry::{MAX_CHUNK, MAX_SCALE};
 use super::permute::build_tables;
 use super::words::transpose_codebooks;
 use super::{Candidate, FcLayer, Kernel, Weights, vector_cycles};
@@ -43,9 +43,6 @@ pub(super) const CHUNK: usize = 64;
 
 /// Most vectors of outputs that are summed up together.
 const BLOCK: usize = 4;
-
-/// Greatest scale: it and its inverse are normal float32 numbers.
-const MAX_SCALE: f32 = (1u128 << 126) as f32;
 
 /// Added to a number of at most 2^21, leaves the number, rounded and raised by 128, in the
 /// lowest bits of the sum's representation.
@@ -277,7 +274,7 @@ impl<const BITS: u32> Task for Responses<'_, BITS> {
         let greatest = greatest_of(simd, entries);
         // Not a number if an input is none, or infinite: nor are the responses.
         let scale = if greatest.is_finite() {
-            (127.0 / greatest).min(MAX_SCALE)
+            (127.0 / greatest).min(MAX_SCALE as f32)
         } else {
             f32::NAN
         };

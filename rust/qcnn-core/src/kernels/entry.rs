@@ -8,7 +8,7 @@ use bytemuck::Pod;
 use crate::isa::Simd;
 
 /// Greatest scale: it and its inverse are normal float32 numbers.
-const MAX_SCALE: f64 = (1u128 << 126) as f64;
+pub(super) const MAX_SCALE: f64 = (1u128 << 126) as f64;
 
 /// Most subspaces in a chunk.
 pub(super) const MAX_CHUNK: usize = 100;
