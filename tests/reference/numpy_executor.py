@@ -54,12 +54,12 @@ def decode_conv(codebooks: Array, codes: Array, channels: int) -> Array:
     set_outputs = n_out // len(sets)
     dsub = sets.shape[-1]
     weight = np.zeros((n_out, n_subspaces * dsub, height, width))
-    for o in range(n_out):
-        for y in range(height):
-            for x in range(width):
-                for m in range(n_subspaces):
-                    codeword = sets[o // set_outputs, m, codes[o, y, x, m]]
-                    weight[o, m * dsub : (m + 1) * dsub, y, x] = codeword
+    for part, books in enumerate(sets):
+        outputs = slice(part * set_outputs, (part + 1) * set_outputs)
+        for m, book in enumerate(books):
+            codewords = book[codes[outputs, ..., m]]
+            channel = m * dsub
+            weight[outputs, channel : channel + dsub] = np.moveaxis(codewords, 3, 1)
     return weight[:, :channels]
 
 

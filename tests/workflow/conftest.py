@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 
@@ -139,12 +140,24 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Workspace
 
 
 @pytest.fixture(scope="session")
-def finished(fresh: Callable[[str], Workspace]) -> Workspace:
-    """Return a workspace where everything is done, not to be changed."""
-    workspace = fresh("finished")
-    done = workspace.run("--cores", "2", "all")
-    assert done.returncode == 0, done.stdout
-    return workspace
+def finished(
+    fresh: Callable[[str], Workspace],
+    tmp_path_factory: pytest.TempPathFactory,
+    worker_id: str,
+) -> Workspace:
+    """Return a workspace where everything is done, not to be changed.
+
+    All workers of pytest-xdist have the one that the first of them makes.
+    """
+    base = tmp_path_factory.getbasetemp()
+    common = (base if worker_id == "master" else base.parent) / "finished"
+    with FileLock(common.with_suffix(".lock")):
+        if not common.exists():
+            workspace = fresh("finished")
+            done = workspace.run("--cores", "2", "all")
+            assert done.returncode == 0, done.stdout
+            workspace.path.rename(common)
+    return Workspace(common)
 
 
 @pytest.fixture
