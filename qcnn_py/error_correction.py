@@ -4,9 +4,9 @@ The response error of a layer's weights ``W`` is the quadratic
 ``tr(W^T H W) - 2 tr(G^T W) + const`` (:mod:`qcnn_py.quadratics`). Block coordinate
 descent lowers it over codes and codewords: Wu et al., "Quantized Convolutional Neural
 Networks for Mobile Devices", CVPR 2016, sections 3.2 and 3.3, here with second moments
-in place of samples. Where it ends depends on where it starts: with error feedback
-(GPTVQ, van Baalen et al., 2024) and some rounds of stochastic relaxation (LSQ++,
-Martinez et al., ECCV 2018) it ends lower.
+in place of samples. Where it ends depends on where it starts: lower than from k-means
+on the weights with error feedback (GPTVQ, van Baalen et al., 2024) and some rounds of
+stochastic relaxation (LSQ++, Martinez et al., ECCV 2018).
 
 The weights of an output are a row, ordered by (subspace, kernel position,
 coordinate): what one codeword covers, and what one subspace covers, is contiguous.
@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -136,26 +137,21 @@ class CoordinateDescent:
         """Codes, shape (groups, outputs, positions, M)."""
         return np.moveaxis(self._codes, 0, 3)
 
-    def seed(self, n_init: int, seed: int) -> None:
-        """Choose first codebooks and codes by k-means, one subspace after another.
-
-        Each subspace's weights first take up the response error that those before
-        it have made; subspaces still to come keep the original weights meanwhile.
-        Distances are measured by what they do to the response.
+    def start(self, codebooks: npt.NDArray[Any], codes: npt.NDArray[Any]) -> None:
+        """Begin with these codewords and codes.
 
         Parameters
         ----------
-        n_init : int
-            Starts of k-means.
-        seed : int
-            Seed of the starts.
+        codebooks : ndarray, shape ([sets,] M, K, dsub)
+            Codewords; what pads the last subspace is ignored.
+        codes : ndarray of int, shape (outputs of all groups, [positions,] M)
+            Codes, positions in one dimension or two.
         """
-
-        def visit(window: _Window, m: int) -> None:
-            self._cluster(window, m, n_init, seed)
-            self._improve(window, m)
-
-        self._sweep(visit)
+        books = codebooks.reshape(self._shape).astype(np.float64)
+        self._books = [books[:, m, :, :dim].copy() for m, dim in enumerate(self._dims)]
+        ordered = codes.reshape(*self._codes.shape[1:], len(self._dims))
+        self._codes[...] = np.moveaxis(ordered, 3, 0)
+        self._sweep(lambda window, m: self._assign(window, m, choose=False))
 
     def seed_with_feedback(self, n_init: int, seed: int, rounds: int) -> None:
         """Choose first codebooks and codes, passing each subspace's error on.
@@ -166,8 +162,10 @@ class CoordinateDescent:
 
         Parameters
         ----------
-        n_init, seed
-            See :meth:`seed`.
+        n_init : int
+            Starts of k-means.
+        seed : int
+            Seed of the starts.
         rounds : int
             Alternations between codes and codewords in each subspace.
         """

@@ -576,15 +576,21 @@ def quantize_from_moments(
     if bias is not None:
         group_bias += bias.reshape(group_bias.shape)
 
+    clustered = _cluster_weights(weight, info, settings, seed)
+
     def quantized(method: Method) -> tuple[QuantizedWeights, list[float], float]:
         """Return weights, objectives and relative error of a method."""
         start = time.perf_counter()
-        objective: list[float] = []
-        if method == "kmeans":
-            weights = _cluster_weights(weight, info, settings, seed)
-        else:
+        weights, objective = clustered, list[float]()
+        if method != "kmeans":
             weights, objective = _correct_weights(
-                weight, group_bias, info, moments, settings, method, seed
+                weight,
+                group_bias,
+                info,
+                moments,
+                settings,
+                seed,
+                start=None if method == "gptvq" else clustered,
             )
         columns = _columns(weights.decode(info.channels), info.groups)
         new_bias = bias
@@ -613,8 +619,7 @@ def quantize_from_moments(
             else quantized(method)[2]
             for method in get_args(Method)
         }
-    plain = _cluster_weights(weight, info, settings, seed)
-    columns = _columns(plain.decode(info.channels), info.groups)
+    columns = _columns(clustered.decode(info.channels), info.groups)
     metrics = LayerMetrics(
         relative_error=relative_error,
         kmeans_relative_error=moments.relative_error(columns, group_bias),
@@ -636,10 +641,13 @@ def _correct_weights(
     layer: LayerInfo,
     moments: Statistics,
     settings: LayerSettings,
-    method: Method,
     seed: int,
+    start: QuantizedWeights | None,
 ) -> tuple[QuantizedWeights, list[float]]:
-    """Quantise weights by an error-corrected method; returns objectives too."""
+    """Descend on the response error from `start`, or else from error feedback.
+
+    Returns objectives, too.
+    """
     descent = CoordinateDescent(
         moments.error_with_best_bias()
         if settings.bias_correction
@@ -651,13 +659,13 @@ def _correct_weights(
         n_sets=settings.codebook_sets(layer.groups),
         damping=settings.damping,
     )
-    if method == "gptvq":
+    if start:
+        descent.start(start.codebooks, start.codes)
+    else:
         descent.seed_with_feedback(
             settings.kmeans_restarts, seed, settings.feedback_rounds
         )
         descent.relax(settings.relaxation_rounds, settings.temperature, seed)
-    else:
-        descent.seed(settings.kmeans_restarts, seed)
     objective = descent.run(settings.max_rounds, settings.tolerance)
     weights = _pack(
         descent.codebooks, descent.codes, weight.shape, settings.codebook_bits

@@ -137,7 +137,9 @@ def test_descent_never_climbs(
         descent.relax(rounds=2, temperature=0.2, seed=0)
         assert descent.objective() <= seeded
     else:
-        descent.seed(n_init=1, seed=0)
+        random = np.random.default_rng(0)
+        codes = random.integers(0, descent.codebooks.shape[2], descent.codes.shape)
+        descent.start(random.standard_normal(descent.codebooks.shape), codes)
     trace = descent.run(max_rounds=6, tolerance=0)
     scale = moments.sum_squared_targets + (problem["original"] ** 2).sum()
     assert (np.diff(trace) <= 1e-9 * scale).all()

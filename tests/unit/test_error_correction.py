@@ -55,7 +55,7 @@ class Problem:
             n_sets=self.n_sets,
             damping=self.damping,
         )
-        descent.seed(n_init=1, seed=0)
+        descent.seed_with_feedback(n_init=1, seed=0, rounds=1)
         return descent
 
     def objective(self, weight: np.ndarray) -> float:
@@ -126,6 +126,18 @@ def test_objective_is_the_sum_over_samples(problem: Problem) -> None:
     expected = problem.objective(weight)
     scale = problem.objective(np.zeros_like(weight))
     assert trace[-1] == pytest.approx(expected, rel=1e-9, abs=1e-12 * scale)
+
+
+def test_start_is_what_was_given(problem: Problem) -> None:
+    descent = problem.descent()
+    random = np.random.default_rng(0)
+    codebooks = random.standard_normal(descent.codebooks.shape)
+    codes = random.integers(0, codebooks.shape[2], descent.codes.shape)
+    # One dimension of outputs, as codes are stored.
+    descent.start(codebooks, codes.reshape(-1, *codes.shape[2:]))
+    weight = problem.decode(codebooks, codes)
+    assert descent.objective() == pytest.approx(problem.objective(weight), rel=1e-9)
+    np.testing.assert_array_equal(problem.decode(descent.codebooks, codes), weight)
 
 
 def test_objective_never_rises(problem: Problem) -> None:
