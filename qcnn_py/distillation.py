@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcnn_py.augmentation import augmented
+from qcnn_py.checkpoints import Checkpoint
 from qcnn_py.config import DistillConfig
 from qcnn_py.errors import DatasetError, ShapeError
 from qcnn_py.fitting import NOT_LEARNT, Descent, mean_over_batches, without_softmax
@@ -34,6 +35,7 @@ def distill_codebooks(
     images: FloatArray,
     config: DistillConfig,
     seed: int = 0,
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[Network, dict[str, Any]]:
     """Bring what a quantised network computes closer to the original.
 
@@ -55,6 +57,8 @@ def distill_codebooks(
         Optimiser, schedule, early stopping, temperature, augmentation.
     seed : int
         Seed of the held-out images, the order of the others and their augmentation.
+    checkpoint : Checkpoint, optional
+        Where to go on from, and to keep how far this got.
 
     Returns
     -------
@@ -172,6 +176,7 @@ def distill_codebooks(
         ),
         validate=validate,
         seed=seed,
+        checkpoint=checkpoint,
     )
     if not history["best_epoch"]:
         return quantized, history

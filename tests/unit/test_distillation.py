@@ -1,12 +1,15 @@
 """Training codebooks on the original network's outputs."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from random_networks import NetworkBuilder, Quantized
 
-from qcnn_py import Network, quantize
+from qcnn_py import Network, distillation, quantize
+from qcnn_py.augmentation import augmented
+from qcnn_py.checkpoints import Checkpoint
 from qcnn_py.config import DistillConfig
 from qcnn_py.distillation import distill_codebooks
 from qcnn_py.errors import ConfigError, DatasetError, QcnnError, ShapeError
@@ -82,6 +85,37 @@ def test_the_divergence_falls_and_codes_stay(images: np.ndarray, bits: int) -> N
         if np.array_equal(after.tensors[name], array)
     }
     assert same == kept & before.tensors.keys()
+
+
+def test_what_was_cut_off_goes_on(
+    images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = quantized(images)
+    config = DistillConfig.from_mapping(SETTINGS | {"epochs": 3})
+    expected, history = distill_codebooks(dense(), before, images, config)
+    steps = 0
+
+    def augmented_or_cut_off(*arguments: Any) -> Any:
+        # The held-out images, then one batch after another.
+        nonlocal steps
+        steps += 1
+        if steps == 10:
+            raise KeyboardInterrupt
+        return augmented(*arguments)
+
+    checkpoint = Checkpoint(tmp_path, "this", seconds_between=0)
+    monkeypatch.setattr(distillation, "augmented", augmented_or_cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        distill_codebooks(dense(), before, images, config, checkpoint=checkpoint)
+    monkeypatch.undo()
+    _, record = checkpoint.latest() or ([], {})
+    assert 0 < len(record["epochs"]) < config.epochs
+    after, continued = distill_codebooks(
+        dense(), before, images, config, checkpoint=checkpoint
+    )
+    assert continued == history
+    for name, tensor in after.tensors.items():
+        np.testing.assert_array_equal(tensor, expected.tensors[name])
 
 
 def test_losses_are_those_of_what_is_stored(images: np.ndarray) -> None:

@@ -5,9 +5,9 @@ from qcnn_py.config import DistillConfig
 from qcnn_py.datasets import Dataset
 from qcnn_py.distillation import distill_codebooks
 from qcnn_py.network import Network
-from qcnn_py.workflow import reporting
+from qcnn_py.workflow import checkpoint_of, reporting
 
-with reporting(snakemake.log[0]):
+with reporting(snakemake.log[0]), checkpoint_of(snakemake) as checkpoint:
     config = DistillConfig.from_mapping(snakemake.params.config)
     images, _ = Dataset.load(snakemake.input.dataset).calibration(
         config.images, snakemake.params.seed
@@ -18,6 +18,7 @@ with reporting(snakemake.log[0]):
         images,
         config,
         snakemake.params.seed,
+        checkpoint,
     )
     distilled.save(snakemake.output.model)
     save_json(snakemake.output.history, history)
