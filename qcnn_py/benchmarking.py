@@ -581,6 +581,7 @@ def _layer_entry(
         "n_subspaces": layer.n_subspaces,
         "n_centroids": layer.n_centroids,
         "subvector_dim": layer.subvector_dim,
+        "codebook_sets": layer.codebook_sets,
         "codebook_bits": layer.codebook_bits,
         "dense_bytes": layer.dense_bytes,
         "bytes": layer.bytes,

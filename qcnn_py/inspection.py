@@ -25,6 +25,7 @@ COLUMNS = (
     "M",
     "K",
     "dsub",
+    "sets",
     "bytes",
     "smaller",
     "operations",
@@ -34,7 +35,7 @@ COLUMNS = (
 """Headings of :func:`table_rows`."""
 
 NUMERIC_COLUMNS = frozenset(
-    {"M", "K", "dsub", "bytes", "smaller", "operations", "fewer"}
+    {"M", "K", "dsub", "sets", "bytes", "smaller", "operations", "fewer"}
 )
 _TIMES = "\N{MULTIPLICATION SIGN}"
 
@@ -91,12 +92,17 @@ def table_rows(model: Model) -> Iterator[tuple[str, ...]]:
             _shape(layer["output_shape"]),
             *(
                 "" if layer[key] is None else str(layer[key])
-                for key in ("n_subspaces", "n_centroids", "subvector_dim")
+                for key in (
+                    "n_subspaces",
+                    "n_centroids",
+                    "subvector_dim",
+                    "codebook_sets",
+                )
             ),
             *_costs(layer),
             layer["kernel_name"],
         )
-    yield ("all layers", *[""] * 6, *_costs(_sums(layers)), "")
+    yield ("all layers", *[""] * 7, *_costs(_sums(layers)), "")
 
 
 def html_table(model: Model) -> str:

@@ -147,7 +147,7 @@ class LayerInfo:
     look-up; a binary layer's additions, as many as a dense layer's
     multiply-accumulates. ``bytes`` is what the layer's parameters take in a ``.qcnn``
     file. ``quantized`` says whether the weights are product-quantised, ``binary``
-    whether they are 1 and -1.
+    whether they are 1 and -1. ``codebook_sets`` is 1 if all outputs share codebooks.
     """
 
     name: str
@@ -161,6 +161,7 @@ class LayerInfo:
     n_subspaces: int | None
     n_centroids: int | None
     subvector_dim: int | None
+    codebook_sets: int | None
     codebook_bits: int | None
     dense_bytes: int
     bytes: int
@@ -529,6 +530,7 @@ class Network:
                 n_subspaces=None,
                 n_centroids=None,
                 subvector_dim=None,
+                codebook_sets=None,
                 codebook_bits=None,
                 bytes=binary_bytes if node.binary else dense_bytes,
                 operations=dense_operations,
@@ -549,6 +551,7 @@ class Network:
             n_subspaces=n_subspaces,
             n_centroids=n_centroids,
             subvector_dim=pq["subvector_dim"],
+            codebook_sets=n_sets,
             codebook_bits=codebook_bits,
             bytes=codebook_bytes + -(-n_codes * code_bits // 8) + bias_bytes,
             operations=tables * prod(input_shape) * n_centroids + positions * n_codes,

@@ -627,7 +627,9 @@ def _share(part: float, whole: float) -> str:
 def _codebook(layer: Mapping[str, Any]) -> str:
     if not layer["quantized"]:
         return "dense"
-    return f"{layer['subvector_dim']}/{layer['n_centroids']}"
+    sizes = f"{layer['subvector_dim']}/{layer['n_centroids']}"
+    sets = layer["codebook_sets"]
+    return sizes if sets == 1 else f"{sizes}, {sets}{_NBSP}sets"
 
 
 def _response_sections(report: Mapping[str, Any]) -> list[Section]:
