@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from qcnn_py.artefacts import load_arrays, save_arrays
 from qcnn_py.augmentation import NUMBERS_PER_IMAGE, augmented
+from qcnn_py.channel_order import order_channels
 from qcnn_py.config import (
     LayerKind,
     LayerSettings,
@@ -234,7 +235,8 @@ def quantize(
     Returns
     -------
     Network
-        The quantised network.
+        The quantised network. With ``reorder_inputs``, values between its layers have
+        their channels in another order than those of `network`.
 
     Raises
     ------
@@ -271,14 +273,15 @@ def quantize(
     ]
     if not isinstance(calibration, np.ndarray):
         calibration = list(calibration)
-    quantized = network
+    quantized = order_channels(network, dict(chosen))
+    original = order_channels(original, dict(chosen)) if original else quantized
     n_images = max((settings.calibration_images for _, settings in chosen), default=0)
-    kept = KeptResponses(original or network, calibration, n_images)
+    kept = KeptResponses(original, calibration, n_images)
     names = [name for name, _ in chosen]
     for i, (name, settings) in enumerate(chosen):
         kept.advance(quantized, names[i:])
         result = quantize_layer(
-            original or network, quantized, name, calibration, settings, seed, kept
+            original, quantized, name, calibration, settings, seed, kept
         )
         quantized = quantized.with_quantized_layer(name, result.weights)
         if on_layer is not None:

@@ -69,6 +69,17 @@ def setting(*path, value):
             id="a layer left dense",
         ),
         pytest.param(
+            setting("quantize", "layers", "conv2", "reorder_inputs", value=True),
+            {
+                "order_channels": 1,
+                "quantize_conv_layer": 2,
+                **AFTER_CONV,
+                "collect_statistics": 4,
+            },
+            {"conv1", "conv2", "fc1", "fc2"},
+            id="order of channels",
+        ),
+        pytest.param(
             setting("activations", "scheme", value="linear"),
             {
                 "quantize_activations": 1,

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 import qcnn_py
+from qcnn_py.network import Network
 from qcnn_py.quantization import QuantizedLayer
 
 
@@ -158,6 +159,25 @@ def test_shards_give_the_same_layers(workspace, finished):
         np.testing.assert_allclose(
             one.weights.codebooks, three.weights.codebooks, rtol=2**-10, atol=1e-6
         )
+
+
+def test_channels_are_ordered(workspace):
+    settings = {"reorder_inputs": True, "subvector_dim": 2}
+    workspace.edit_config(
+        lambda config: config["runs"]["tiny"]["quantize"].update(
+            layers={"conv2": settings}
+        )
+    )
+    replicate = workspace.replicate.relative_to(workspace.path)
+    done = workspace.run(str(replicate / "ordered.qcnn"))
+    assert done.returncode == 0, done.stdout
+    original, ordered = (
+        Network.load(workspace.replicate / f"{name}.qcnn")
+        for name in ("network", "ordered")
+    )
+    weights = [each.tensors["conv2.weight"] for each in (original, ordered)]
+    assert not np.array_equal(*weights)
+    np.testing.assert_array_equal(*[np.sort(weight, axis=1) for weight in weights])
 
 
 def test_two_runs_at_once_are_refused(workspace):

@@ -170,6 +170,15 @@ def layer_settings(wildcards):
     return {**settings, "shards": 1}
 
 
+def channel_order_settings(wildcards):
+    """Return what the order of the channels of a run's network depends on."""
+    keys = ("reorder_inputs", "subvector_dim", "codebook_groups")
+    return {
+        name: {key: settings[key] for key in keys}
+        for name, settings in reordering_settings(wildcards.run).items()
+    }
+
+
 def statistics_settings(wildcards):
     """Return the settings that the statistics of the layer of the wildcards need."""
     settings = plain_settings(layer_plan(wildcards))
@@ -330,7 +339,23 @@ def previous_layers(wildcards):
 
 def float_or_finetuned(wildcards):
     """Return the network whose responses layers of the kind of the wildcards keep."""
-    name = {"conv": "network", "fc": "finetuned"}[wildcards.kind]
+    if wildcards.kind == "conv":
+        return original_network(wildcards)
+    return f"{REPLICATE}/finetuned.qcnn"
+
+
+def reordering_settings(run):
+    """Return the settings of layers whose inputs get another order, by name."""
+    return {
+        name: plain_settings(plan)
+        for name, plan in planned_layers(run).items()
+        if plan.settings.reorder_inputs and not plan.settings.dense
+    }
+
+
+def original_network(wildcards):
+    """Return the dense network whose layers are quantised."""
+    name = "ordered" if reordering_settings(wildcards.run) else "network"
     return f"{REPLICATE}/{name}.qcnn"
 
 
@@ -341,8 +366,9 @@ def quantizes_activations(run):
 
 def network_of_layers(wildcards):
     """Return the network that quantised conv layers are put into."""
-    name = "activations" if quantizes_activations(wildcards.run) else "network"
-    return f"{REPLICATE}/{name}.qcnn"
+    if quantizes_activations(wildcards.run):
+        return f"{REPLICATE}/activations.qcnn"
+    return original_network(wildcards)
 
 
 def network_to_quantize(wildcards):
@@ -410,6 +436,7 @@ def timings(wildcards):
     stages = [
         "prepare_dataset",
         "prepare_network",
+        *(["order_channels"] if reordering_settings(wildcards.run) else []),
         *(["quantize_activations"] if quantized else []),
         *stages_of("conv", "quantize_conv_layer"),
         "extract_features",

@@ -1,12 +1,33 @@
-# Activations first, if they are quantised. Then one job per layer, behind jobs that gather the statistics of its inputs and responses
-# on a shard of the images each. A layer sees the responses of the layers quantised
-# before it, so the jobs of a kind form a chain.
+# The order of channels and the activations first, if they are to change. Then one job
+# per layer, behind jobs that gather the statistics of its inputs and responses on a
+# shard of the images each. A layer sees the responses of the layers quantised before it,
+# so the jobs of a kind form a chain.
+
+
+rule order_channels:
+    input:
+        network=rules.prepare_network.output.network,
+    output:
+        network=f"{REPLICATE}/ordered.qcnn",
+    log:
+        f"{RUN}/logs/{{replicate}}/order_channels.log",
+    benchmark:
+        f"{REPLICATE}/timings/order_channels.tsv"
+    conda:
+        "../envs/qcnn.yaml"
+    params:
+        settings=channel_order_settings,
+        code=code_of("order_channels"),
+    message:
+        "{wildcards.run}/{wildcards.replicate}: ordering channels"
+    script:
+        "../scripts/order_channels.py"
 
 
 rule quantize_activations:
     input:
         dataset=rules.prepare_dataset.output.dataset,
-        network=rules.prepare_network.output.network,
+        network=original_network,
     output:
         network=f"{REPLICATE}/activations.qcnn",
     log:
@@ -55,7 +76,7 @@ rule collect_statistics:
 
 rule quantize_conv_layer:
     input:
-        network=rules.prepare_network.output.network,
+        network=original_network,
         statistics=conv_shards,
     output:
         layer=f"{REPLICATE}/quantized/{{layer}}.safetensors",
@@ -120,7 +141,7 @@ rule assemble_model:
 rule distill_codebooks:
     input:
         dataset=rules.prepare_dataset.output.dataset,
-        original=rules.prepare_network.output.network,
+        original=original_network,
         quantized=rules.assemble_model.output.network,
     output:
         model=f"{REPLICATE}/model.qcnn",
