@@ -81,7 +81,8 @@ def order_channels(network: Network, settings: Mapping[str, LayerSettings]) -> N
         if layer.quantized or layer.binary:
             continue
         nodes = _nodes_before(network, layer.name)
-        if not nodes or 1 == chosen.codebook_sets(layer.groups) < layer.groups:
+        shared = chosen.codebook_sets(layer.groups) < layer.groups
+        if not nodes or shared:
             logger.info("%s: its input channels stay in their order", layer.name)
             continue
         order = _best_order(network, layer, nodes[0], chosen.subvector_dim)

@@ -172,8 +172,8 @@ class LayerSettings(Section):
     reorder_inputs: bool = Field(
         default=False,
         description=(
-            "Share sub-vectors between the input channels that suit one another best. "
-            "Where the channels of the layer before can be put into another order."
+            "Choose which input channels share sub-vectors, if the layer before can "
+            "put its outputs into another order."
         ),
     )
     codebook_bits: Literal[32, 16, 8] = Field(
