@@ -280,7 +280,7 @@ def test_full_race_loads():
     assert config.runs.keys().isdisjoint(shipped.runs)
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar10-qnn"])
+@pytest.mark.parametrize("name", ["cifar10", "cifar10-methods", "cifar10-qnn"])
 def test_worked_example_loads(name):
     example = load_config(ROOT / "workflow" / "configs" / f"{name}.yaml")
     shipped = load_config(ROOT / "config.yaml")
@@ -298,8 +298,11 @@ def test_worked_example_fits_its_network(test_data):
         ]
         for name, run in example.runs.items()
     }
-    usual = {name: ["fc7"] for name in example.runs}
-    assert dense == usual | {"cifar10-small": []}
+    assert dense == {
+        "cifar10": ["fc7"],
+        "cifar10-unlabelled": ["fc7"],
+        "cifar10-small": [],
+    }
 
 
 def test_architectures_are_the_published_networks():
