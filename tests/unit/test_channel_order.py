@@ -16,12 +16,11 @@ PAIRS = LayerSettings(
 )
 
 
-def correlated(weight: np.ndarray, groups: int, seed: int = 0) -> None:
+def correlated(weight: np.ndarray, groups: int) -> None:
     """Have each input channel go with one in the other half of its group."""
     half = weight.shape[1] // 2
-    outputs = np.split(weight, groups)
-    for seed_of_group, part in enumerate(outputs, seed):
-        partner = np.random.default_rng(seed_of_group).permutation(half)
+    for seed, part in enumerate(np.split(weight, groups)):
+        partner = np.random.default_rng(seed).permutation(half)
         part[:, half:] = 0.1 * part[:, half:] + part[:, partner]
 
 
