@@ -1,4 +1,5 @@
-"""``qcnn classify`` on real pictures, against ONNX Runtime and the authors' network."""
+"""Real pictures: ``qcnn classify`` against ONNX Runtime and the authors' network, and
+how far the peers' int8 models of a trained network are from it."""
 
 import json
 import zipfile
@@ -13,6 +14,8 @@ from PIL import Image
 
 import qcnn_py
 from qcnn_py.cli import cli
+from qcnn_py.contenders import _saturates, compile_peers
+from qcnn_py.cpu import describe_cpu
 
 AUTHORS = "alexnet-reference"
 
@@ -79,6 +82,41 @@ def test_classes_are_those_of_onnx_runtime(
         np.testing.assert_allclose(
             [got[i] for i in range(10)], expected, rtol=1e-3, atol=1e-6
         )
+
+
+@pytest.mark.parametrize("peer", ["onnxruntime-int8", "openvino-int8"])
+@pytest.mark.parametrize("bits", [7, 8])
+@pytest.mark.parametrize("name", NORMALISATION)
+def test_int8_peers_are_near_a_trained_network(
+    name: str,
+    bits: int,
+    peer: str,
+    test_data: Path,
+    pictures: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Near with 7 bits, which they get where 8 saturate; elsewhere with both."""
+    if peer.startswith("openvino"):
+        pytest.importorskip("openvino")
+    saturates = _saturates(describe_cpu()[1])
+    monkeypatch.setattr("qcnn_py.contenders._saturates", lambda _: bits == 7)
+    network = qcnn_py.read_onnx(test_data / f"{name}.onnx")
+    mean, std = NORMALISATION[name]
+    images = [
+        ((np.asarray(Image.open(path), np.float32) / 255 - mean) / std)
+        .transpose(2, 0, 1)[None]
+        .astype(np.float32)
+        for path in sorted(pictures.rglob("*.jpg"))
+    ]
+    dense = network.compile("exact")
+    expected = [dense(image) for image in images]
+    (contender,) = compile_peers([peer], network, images, threads=1)
+    outputs = [contender.run(image) for image in images]
+    error = np.linalg.norm(np.subtract(outputs, expected)) / np.linalg.norm(expected)
+    if bits == 8 and saturates:
+        assert error > 0.1
+    else:
+        assert 0.01 < error < 0.1
 
 
 def test_the_authors_network(test_data: Path, tmp_path: Path) -> None:

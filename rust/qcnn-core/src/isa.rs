@@ -9,6 +9,7 @@
 //! | level | needs | vector |
 //! |---|---|---|
 //! | `portable` | nothing | 4 lanes of plain Rust (SSE2 or NEON registers) |
+//! | `neon` | Advanced SIMD of 64-bit ARM | 4 lanes |
 //! | `avx2` | AVX2, FMA | 8 lanes |
 //! | `avx512` | AVX-512 F, BW, DQ, VL and `avx2`'s needs | 16 lanes |
 //! | `avx512vnni` | also AVX-512 VNNI | 16 lanes |
@@ -32,6 +33,8 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod portable;
 
 use std::fmt;
@@ -41,6 +44,8 @@ use std::str::FromStr;
 pub(crate) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::Avx512;
+#[cfg(target_arch = "aarch64")]
+pub(crate) use neon::Neon;
 pub(crate) use portable::Portable;
 
 use crate::error::{Error, Result};
@@ -53,6 +58,8 @@ pub const ISA_VARIABLE: &str = "QCNN_ISA";
 pub enum Isa {
     /// Plain Rust for the target's baseline.
     Portable,
+    /// NEON, which is Advanced SIMD, on 64-bit ARM.
+    Neon,
     /// AVX2 and FMA.
     Avx2,
     /// AVX-512 F, BW, DQ and VL, with AVX2 and FMA.
@@ -64,8 +71,9 @@ pub enum Isa {
 }
 
 impl Isa {
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 6] = [
         Self::Portable,
+        Self::Neon,
         Self::Avx2,
         Self::Avx512,
         Self::Avx512Vnni,
@@ -76,6 +84,7 @@ impl Isa {
     pub fn name(self) -> &'static str {
         match self {
             Self::Portable => "portable",
+            Self::Neon => "neon",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
             Self::Avx512Vnni => "avx512vnni",
@@ -123,6 +132,10 @@ impl Isa {
     pub(crate) fn level(self) -> Option<Level> {
         match self {
             Self::Portable => Portable::new().map(Level::Portable),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => Neon::new().map(Level::Neon),
+            #[cfg(not(target_arch = "aarch64"))]
+            Self::Neon => None,
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => Avx2::new().map(Level::Avx2),
             #[cfg(target_arch = "x86_64")]
@@ -170,6 +183,9 @@ impl FromStr for Isa {
 pub(crate) enum Level {
     /// See [`Portable`].
     Portable(Portable<4>),
+    /// See [`Neon`].
+    #[cfg(target_arch = "aarch64")]
+    Neon(Neon),
     /// See [`Avx2`].
     #[cfg(target_arch = "x86_64")]
     Avx2(Avx2),
@@ -189,6 +205,8 @@ impl Level {
     pub(crate) fn call<T: Task>(self, task: T) -> T::Output {
         match self {
             Self::Portable(simd) => simd.call(task),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon(simd) => simd.call(task),
             #[cfg(target_arch = "x86_64")]
             Self::Avx2(simd) => simd.call(task),
             #[cfg(target_arch = "x86_64")]

@@ -432,7 +432,7 @@ impl Task for Round<'_> {
     fn run<S: Simd>(self, simd: S) {
         let lanes = panel_columns::<S>();
         let whole = self.plane.len() / lanes * lanes;
-        assert!(self.target.len() == self.plane.len());
+        assert_eq!(self.target.len(), self.plane.len());
         let factor = simd.splat(self.factor);
         let zero = simd.splat(0.0);
         for at in (0..whole).step_by(lanes) {

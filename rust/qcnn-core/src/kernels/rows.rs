@@ -821,7 +821,7 @@ impl<C: Cell, const N: usize, const O: usize, const V: usize> Task for Strip<'_,
         let n_offsets = n_tables * steps * N * O;
         let blocks = partial.len() / (O * V * lanes);
         let columns: [usize; N] = columns.try_into().expect("as the caller chose N");
-        assert!(accumulators.len() == partial.len());
+        assert_eq!(accumulators.len(), partial.len());
         assert!(offsets.len() >= blocks * n_offsets);
         for block in 0..blocks {
             let partial = &mut partial[block * O * V * lanes..][..O * V * lanes];
