@@ -171,11 +171,12 @@ def layer_settings(wildcards):
 
 
 def channel_order_settings(wildcards):
-    """Return what the order of the channels of a run's network depends on."""
+    """Return what the order of channels depends on, for layers that get another one."""
     keys = ("reorder_inputs", "subvector_dim", "codebook_groups")
     return {
-        name: {key: settings[key] for key in keys}
-        for name, settings in reordering_settings(wildcards.run).items()
+        name: {key: getattr(plan.settings, key) for key in keys}
+        for name, plan in planned_layers(wildcards.run).items()
+        if plan.settings.reorder_inputs and not plan.settings.dense
     }
 
 
@@ -344,18 +345,9 @@ def float_or_finetuned(wildcards):
     return f"{REPLICATE}/finetuned.qcnn"
 
 
-def reordering_settings(run):
-    """Return the settings of layers whose inputs get another order, by name."""
-    return {
-        name: plain_settings(plan)
-        for name, plan in planned_layers(run).items()
-        if plan.settings.reorder_inputs and not plan.settings.dense
-    }
-
-
 def original_network(wildcards):
     """Return the dense network whose layers are quantised."""
-    name = "ordered" if reordering_settings(wildcards.run) else "network"
+    name = "ordered" if channel_order_settings(wildcards) else "network"
     return f"{REPLICATE}/{name}.qcnn"
 
 
@@ -436,7 +428,7 @@ def timings(wildcards):
     stages = [
         "prepare_dataset",
         "prepare_network",
-        *(["order_channels"] if reordering_settings(wildcards.run) else []),
+        *(["order_channels"] if channel_order_settings(wildcards) else []),
         *(["quantize_activations"] if quantized else []),
         *stages_of("conv", "quantize_conv_layer"),
         "extract_features",
