@@ -119,8 +119,8 @@ def benchmark(
     Raises
     ------
     ConfigError
-        If a count is below 1, there is no precision, a name is given twice, or a
-        precision, ISA or peer is not available.
+        If a count is below 1, there is no precision or no layer, a name is given
+        twice, or a precision, ISA or peer is not available.
     ShapeError
         If `images` do not fit the network.
     QcnnError
@@ -129,12 +129,17 @@ def benchmark(
     counts = _checked_counts(repeats, batches, batch_size, threads)
     if not precisions:
         raise ConfigError("precisions is empty, expected at least one")
-    for key, names in (
-        ("precisions", list(precisions)),
-        ("peers", [x if isinstance(x, str) else x.name for x in peers]),
-    ):
-        if len(set(names)) < len(names):
-            raise ConfigError(f"{key} is {names}, expected each name once")
+    names = [
+        "dense",
+        *(f"quantized-{precision}" for precision in precisions),
+        *(peer if isinstance(peer, str) else peer.name for peer in peers),
+    ]
+    if len(set(names)) < len(names):
+        raise ConfigError(
+            f"precisions and peers make {', '.join(names)}, expected each name once"
+        )
+    if not network.layers:
+        raise ConfigError("network has no conv or fc layer, expected at least one")
     # Asked for before anything is computed: what is missing shows at once.
     packages = packages_of([peer for peer in peers if isinstance(peer, str)])
     inputs = _batches(network, batch_size, images, seed)
@@ -181,6 +186,9 @@ def benchmark(
     # Metadata are free: another tool may have put anything there.
     stated = network.metadata.get("origin")
     origin = stated if isinstance(stated, dict) else {}
+    architecture = origin.get("architecture")
+    if not isinstance(architecture, str):
+        architecture = None
     return {
         "settings": {
             **counts,
@@ -193,7 +201,7 @@ def benchmark(
         },
         "environment": describe_environment(packages),
         "network": {
-            "architecture": origin.get("architecture"),
+            "architecture": architecture,
             "parameters_drawn": origin.get("parameters") == "drawn",
             "input_shape": list(network.input_shape),
             "dense_bytes": parameter_bytes(dense.network),
@@ -221,7 +229,7 @@ def benchmark(
         ],
         "operations": _operations(network.layers),
         "layers": layers,
-        "published": PUBLISHED.get(origin.get("architecture", "")),
+        "published": PUBLISHED.get(architecture or ""),
     }
 
 
@@ -328,9 +336,19 @@ def describe_environment(packages: Sequence[str] = ()) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "packages": {
-            name: metadata.version(name) for name in ("numpy", "qcnn", *packages)
+            name: version
+            for name in ("numpy", "qcnn", *packages)
+            if (version := _version(name)) is not None
         },
     }
+
+
+def _version(package: str) -> str | None:
+    """Return a package's version, if a distribution of that name brings it."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def format_table(result: Mapping[str, Any]) -> str:
@@ -492,37 +510,57 @@ def _time_layers(
 
     A layer that runs alone finds its weights in the caches more often than inside the
     network: the times show where time goes and do not add up to the network's. In
-    front of a layer that counts bits runs a sign, which changes nothing but lets the
-    engine know what the input is; dense, the layer has it, too.
+    front of a binary layer runs what lets the engine know its input; dense, the layer
+    has it, too.
     """
     network = quantized.network
     kernels = {layer["name"]: layer["kernel_name"] for layer in quantized.layers}
     values = {network.input_name: images, **quantized.trace(images)}
     for layer in network.layers:
         start = network.node(layer.name).inputs[0]
+        known = _known_by(network, layer.name, kernels[layer.name])
         alone = [
             Contender(
                 layer.name,
                 layer.kind,
-                _alone(
-                    model.network, layer.name, kernels[layer.name].endswith("-b1-xnor")
-                ).compile(model.precision, model.isa, model.threads),
+                _alone(model.network, layer.name, known).compile(
+                    model.precision, model.isa, model.threads
+                ),
             )
             for model in (dense, quantized)
         ]
         yield np.median(_take_turns(alone, [values[start]], batches, warmup), axis=1)
 
 
-def _alone(network: Network, name: str, of_signs: bool) -> Network:
-    """Return a layer as a network, behind a sign if its inputs are signs."""
+def _known_by(network: Network, name: str, kernel: str) -> Node | None:
+    """Return the operation that a binary layer's kernel needs its inputs to be of.
+
+    They are responses of it, or maxima and the like of such: done to them again, it
+    changes nothing.
+    """
+    layer = network.node(name)
+    if layer.attributes["weights"]["type"] != "binary":
+        return None
+    if kernel.endswith("-b1-xnor"):
+        return Node("sign", "sign", layer.inputs, {})
+    if kernel.endswith("-i8-gemm"):
+        node = network.node(layer.inputs[0])
+        while node.op != "quantize_linear":
+            node = network.node(node.inputs[0])
+        return replace(node, inputs=layer.inputs)
+    return None
+
+
+def _alone(network: Network, name: str, known: Node | None) -> Network:
+    """Return a layer as a network, behind an operation if there is one."""
     layer = network.node(name)
     (start,) = layer.inputs
     alone = network.subgraph(start, name)
-    if not of_signs:
+    if known is None:
         return alone
-    sign = Node(f"sign of {start}", "sign", (start,), {})
+    before = replace(known, name=f"{known.op} of {start}")
     return Network(
-        [sign, replace(layer, inputs=(sign.name,))],
+        [before, replace(layer, inputs=(before.name,))],
         alone.tensors,
         alone.input_shape,
         input_name=start,

@@ -523,15 +523,26 @@ def check_possible(settings: LayerSettings, layer: LayerShape) -> None:
     # Each set of codebooks is fitted to moments of its own.
     sets = max(layer.groups, settings.codebook_sets(layer.groups))
     most = STATISTICS_BYTES // (8 * layer.n_inputs * sets)
-    if width > most:
+    if width <= most:
+        return
+    too_much = (
+        f"for a layer with {layer.n_inputs} inputs, whose statistics would take more "
+        f"than {STATISTICS_BYTES >> 30} GiB"
+    )
+    if layer.kind == "fc":
         copies = settings.augmented_copies
         beside = f" and {copies} augmented copies of each" if copies else ""
         raise ConfigError(
             f"{where}.calibration_images: got {settings.calibration_images}{beside}, "
-            f"expected at most {most // (1 + copies)} for a layer with "
-            f"{layer.n_inputs} inputs, whose statistics would take more than "
-            f"{STATISTICS_BYTES >> 30} GiB"
+            f"expected at most {most // (1 + copies)} {too_much}"
         )
+    # Moments take the square of the inputs, however many images there are.
+    if sets > layer.groups:
+        raise ConfigError(
+            f"{where}.codebook_groups: got {sets}, expected at most "
+            f"{sets * most // width} {too_much}"
+        )
+    raise ConfigError(f"{where}.dense: got false, expected true {too_much}")
 
 
 class ActivationsConfig(Section):

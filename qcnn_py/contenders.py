@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from qcnn_py._engine import available_isas
 from qcnn_py.cpu import describe_cpu
 from qcnn_py.errors import ConfigError
 from qcnn_py.network import FloatArray, Network
@@ -178,20 +179,22 @@ def _quantize(
         per_channel=True,
         weight_type=quantization.QuantType.QInt8,
         activation_type=quantization.QuantType.from_string(activations),
-        reduce_range=_saturates(describe_cpu()[1]),
+        reduce_range=_saturates(available_isas(), describe_cpu()[1]),
         extra_options={"ActivationSymmetric": activations == "QInt8"},
     )
     prepared.unlink()
 
 
-def _saturates(cpu_flags: Sequence[str]) -> bool:
+def _saturates(isas: Sequence[str], cpu_flags: Sequence[str]) -> bool:
     """Whether the CPU adds up products of bytes in 16 bits, where sums saturate.
 
     x86 does so without VNNI. ONNX Runtime's documentation advises weights of 7 bits
     there; with 8, responses of trained networks are off by tens of percent. Drawn
     weights seldom saturate, so there 7 bits only cost precision; speed is the same.
     """
-    return "avx2" in cpu_flags and not any("vnni" in flag for flag in cpu_flags)
+    # Flags are not known everywhere; where they are, AVX-VNNI shows in them alone.
+    vnni = "avx512vnni" in isas or any("vnni" in flag for flag in cpu_flags)
+    return "avx2" in isas and not vnni
 
 
 def _session(path: Path, shape: tuple[int, ...], threads: int) -> Any:

@@ -98,8 +98,8 @@ def test_int8_peers_are_near_a_trained_network(
     """Near with 7 bits, which they get where 8 saturate; elsewhere with both."""
     if peer.startswith("openvino"):
         pytest.importorskip("openvino")
-    saturates = _saturates(describe_cpu()[1])
-    monkeypatch.setattr("qcnn_py.contenders._saturates", lambda _: bits == 7)
+    saturates = _saturates(qcnn_py.available_isas(), describe_cpu()[1])
+    monkeypatch.setattr("qcnn_py.contenders._saturates", lambda *_: bits == 7)
     network = qcnn_py.read_onnx(test_data / f"{name}.onnx")
     mean, std = NORMALISATION[name]
     images = [

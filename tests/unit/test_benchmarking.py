@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from random_networks import Binary, NetworkBuilder
 
-from qcnn_py import ConfigError, Network, QcnnError, QuantizedWeights, ShapeError
+from qcnn_py import (
+    ConfigError,
+    Network,
+    QcnnError,
+    QuantizedWeights,
+    ShapeError,
+    benchmarking,
+)
 from qcnn_py.architectures import conv_fc
 from qcnn_py.benchmarking import (
     Contender,
@@ -260,12 +267,31 @@ def test_no_precision_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("key", "names"),
-    [("precisions", ["fast", "fast"]), ("peers", ["openvino-fp32"] * 2)],
+    "options",
+    [
+        {"precisions": ["fast", "fast"]},
+        {"peers": ["openvino-fp32"] * 2},
+        {"peers": [Contender("dense", "another", np.copy)]},
+    ],
+    ids=["precision", "peer", "ours"],
 )
-def test_names_given_twice_are_refused(key, names):
-    with pytest.raises(ConfigError, match=f"{key} is .*, expected each name once"):
-        benchmark(small_network(), **{key: names})
+def test_names_given_twice_are_refused(options):
+    with pytest.raises(ConfigError, match=r"make dense, .*, expected each name once"):
+        benchmark(small_network(), **options)
+
+
+def test_a_network_without_layers_is_refused():
+    builder = NetworkBuilder((3, 8, 8))
+    builder.add("relu")
+    with pytest.raises(ConfigError, match="network has no conv or fc layer"):
+        benchmark(builder.build())
+
+
+def test_metadata_may_be_anything():
+    network = small_network({"origin": {"architecture": ["alexnet"]}})
+    result = benchmark(network, repeats=1, batches=1)
+    assert result["network"]["architecture"] is None
+    assert result["published"] is None
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 8, 9), (0, 3, 8, 8), (3, 8, 8)])
@@ -274,14 +300,40 @@ def test_images_that_do_not_fit_are_refused(shape):
         benchmark(small_network(), images=np.zeros(shape, np.float32))
 
 
-def test_layers_that_count_bits_do_so_alone():
+@pytest.mark.parametrize(
+    ("operation", "attributes", "kernels"),
+    [
+        ("sign", {}, ["-b1-xnor"]),
+        # Which of the two depends on the level.
+        (
+            "quantize_linear",
+            {"bits": 2, "low": 0.0, "high": 3.0},
+            ["-i8-gemm", "-f32-gemm"],
+        ),
+    ],
+)
+def test_binary_layers_know_their_inputs_alone(
+    operation, attributes, kernels, monkeypatch
+):
     builder = NetworkBuilder((3, 8, 8))
     builder.conv(8, 3, name="first", quantized=Binary())
-    builder.add("sign")
+    builder.add(operation, **attributes)
+    builder.pool("max_pool", 2)
     builder.conv(8, 3, name="second", quantized=Binary())
+    ran = []
+    take_turns = benchmarking._take_turns
+
+    def watch(contenders, *arguments):
+        ran.append([getattr(each.run, "layers", None) for each in contenders])
+        return take_turns(contenders, *arguments)
+
+    monkeypatch.setattr(benchmarking, "_take_turns", watch)
     result = benchmark(builder.build(), repeats=1, batches=2, precisions=["exact"])
     first, second = result["layers"]
     assert first["kernel"] == first["dense_kernel"]
-    assert second["kernel"].endswith("-b1-xnor")
-    assert second["ms"] > 0
+    assert second["kernel"].endswith(tuple(kernels))
+    # The layers that were timed alone, dense and binary.
+    alone = [[layers[0]["kernel_name"] for layers in each] for each in ran[-2:]]
+    for layer, (dense_kernel, kernel) in zip((first, second), alone, strict=True):
+        assert (dense_kernel, kernel) == (layer["dense_kernel"], layer["kernel"])
     assert result["contenders"][1]["relative_error"] < 1e-6

@@ -546,6 +546,18 @@ class TestPlan:
             match=r"10000 and 2 augmented copies of each, .* most 3566 ",
         ):
             self.plan([wide], calibration_images=10_000, augmented_copies=2)
+        # Fewer images would not help a convolution.
+        deep = LayerShape("conv", "conv", 100_000, 18432)
+        with pytest.raises(
+            ConfigError,
+            match=r"conv\.dense: got false, expected true for a layer with ",
+        ):
+            self.plan([deep])
+        with pytest.raises(
+            ConfigError,
+            match=r"conv\.codebook_groups: got 16, expected at most 12 for ",
+        ):
+            self.plan([deep._replace(n_inputs=4608)], codebook_groups=16)
 
     def test_impossible_settings_are_refused_before_anything_runs(self):
         run = {"kind": "pipeline", "quantize": {"fc": {"n_centroids": 16}}}

@@ -147,15 +147,16 @@ def test_missing_package_names_the_extra(network, peer, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "saturates"),
+    ("isas", "flags", "saturates"),
     [
-        (["avx", "avx2", "fma"], True),
-        (["avx2", "avx512bw", "avx512f"], True),
-        (["avx2", "avx512_vnni"], False),
-        (["avx2", "avx_vnni"], False),
-        (["asimd", "asimddp"], False),
-        ([], False),
+        (["portable", "avx2"], ["avx", "avx2", "fma"], True),
+        (["portable", "avx2", "avx512"], ["avx2", "avx512bw", "avx512f"], True),
+        (["portable", "avx2", "avx512", "avx512vnni"], [], False),
+        (["portable", "avx2"], ["avx2", "avx_vnni"], False),
+        (["portable", "avx2"], [], True),
+        (["portable", "neon"], ["asimd", "asimddp"], False),
+        (["portable"], [], False),
     ],
 )
-def test_weights_have_seven_bits_where_products_saturate(flags, saturates):
-    assert _saturates(flags) == saturates
+def test_weights_have_seven_bits_where_products_saturate(isas, flags, saturates):
+    assert _saturates(isas, flags) == saturates

@@ -36,6 +36,9 @@ rule benchmark_model:
         f"{RUN}/logs/benchmark_model.log",
     benchmark:
         f"{RUN}/timings/benchmark_model.tsv"
+    # A run of another kind may have left its model behind.
+    wildcard_constraints:
+        run=one_of(runs_of_kind("pipeline") + runs_of_kind("speed")),
     conda:
         "../envs/qcnn.yaml"
     # All cores: nothing else may run while times are taken.

@@ -9,7 +9,7 @@
 //! | level | needs | vector |
 //! |---|---|---|
 //! | `portable` | nothing | 4 lanes of plain Rust (SSE2 or NEON registers) |
-//! | `neon` | Advanced SIMD of 64-bit ARM | 4 lanes |
+//! | `neon` | Advanced SIMD of 64-bit ARM, little-endian | 4 lanes |
 //! | `avx2` | AVX2, FMA | 8 lanes |
 //! | `avx512` | AVX-512 F, BW, DQ, VL and `avx2`'s needs | 16 lanes |
 //! | `avx512vnni` | also AVX-512 VNNI | 16 lanes |
@@ -33,7 +33,7 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
-#[cfg(target_arch = "aarch64")]
+#[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 mod neon;
 mod portable;
 
@@ -44,7 +44,7 @@ use std::str::FromStr;
 pub(crate) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::Avx512;
-#[cfg(target_arch = "aarch64")]
+#[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 pub(crate) use neon::Neon;
 pub(crate) use portable::Portable;
 
@@ -132,9 +132,9 @@ impl Isa {
     pub(crate) fn level(self) -> Option<Level> {
         match self {
             Self::Portable => Portable::new().map(Level::Portable),
-            #[cfg(target_arch = "aarch64")]
+            #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
             Self::Neon => Neon::new().map(Level::Neon),
-            #[cfg(not(target_arch = "aarch64"))]
+            #[cfg(not(all(target_arch = "aarch64", target_endian = "little")))]
             Self::Neon => None,
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => Avx2::new().map(Level::Avx2),
@@ -184,7 +184,7 @@ pub(crate) enum Level {
     /// See [`Portable`].
     Portable(Portable<4>),
     /// See [`Neon`].
-    #[cfg(target_arch = "aarch64")]
+    #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
     Neon(Neon),
     /// See [`Avx2`].
     #[cfg(target_arch = "x86_64")]
@@ -205,7 +205,7 @@ impl Level {
     pub(crate) fn call<T: Task>(self, task: T) -> T::Output {
         match self {
             Self::Portable(simd) => simd.call(task),
-            #[cfg(target_arch = "aarch64")]
+            #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
             Self::Neon(simd) => simd.call(task),
             #[cfg(target_arch = "x86_64")]
             Self::Avx2(simd) => simd.call(task),
@@ -459,7 +459,7 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
 
     /// The lower halves of each value of `even` shifted right by `right` in even lanes,
     /// the upper halves of each value of `odd` shifted left by `left` in odd lanes; both
-    /// distances are in 0..32.
+    /// distances are in 0..=16.
     fn shifted_halves(
         self,
         even: Self::I32,
@@ -873,11 +873,11 @@ mod tests {
         let (low, high) = (bytes(1), bytes(5));
         let mut joined = vec![0i16; lanes];
         let mut halves = vec![0i16; lanes];
-        for weights in [
-            [127i8; 4],
-            [-127; 4],
-            [-128, 127, 0, 1],
-            [3, -100, 127, -127],
+        for (weights, right) in [
+            ([127i8; 4], 0),
+            ([-127; 4], 3),
+            ([-128, 127, 0, 1], 11),
+            ([3, -100, 127, -127], 16),
         ] {
             let word = i32::from_le_bytes(weights.map(i8::cast_unsigned));
             // Of each pair of lanes four products and what they are added to.
@@ -895,12 +895,12 @@ mod tests {
                 s.store_i16(joined.as_mut_ptr(), a);
                 let even = s.dot_bytes(a, word, s.splat_i32(-7));
                 let odd = s.dot_bytes(a, word, s.splat_i32(40_000));
-                let [right, left] = [s.splat_i32(3), s.splat_i32(13)];
-                let shifted = s.shifted_halves(even, right, odd, left);
+                let distances = [right, 16 - right].map(|distance| s.splat_i32(distance));
+                let shifted = s.shifted_halves(even, distances[0], odd, distances[1]);
                 s.store_i16(halves.as_mut_ptr(), shifted);
             }
             for i in 0..S::LANES {
-                let expected = [(sum(i, -7) >> 3) as i16, (sum(i, 40_000) >> 3) as i16];
+                let expected = [sum(i, -7), sum(i, 40_000)].map(|sum| (sum >> right) as i16);
                 assert_eq!(halves[2 * i..][..2], expected, "{} {weights:?}", S::NAME);
             }
         }

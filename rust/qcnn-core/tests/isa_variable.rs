@@ -14,7 +14,7 @@ fn detect(value: &str) -> Result<Isa, Error> {
 #[test]
 fn forces_an_isa_or_fails() {
     let available = Isa::available();
-    for isa in [Isa::Portable, Isa::Avx2, Isa::Avx512] {
+    for isa in [Isa::Portable, Isa::Neon, Isa::Avx2, Isa::Avx512] {
         match detect(isa.name()) {
             Ok(detected) => assert!(detected == isa && available.contains(&isa)),
             Err(e) => {

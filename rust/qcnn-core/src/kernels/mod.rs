@@ -240,7 +240,8 @@ impl<'a> Candidate<'a> {
     }
 
     /// Clock cycles that one image takes, by a rough model whose constants were
-    /// measured on Zen 3 and Zen 4 cores. Only comparisons mean something.
+    /// measured on Zen 3 and Zen 4 cores, those of NEON's look-ups computed. Only
+    /// comparisons mean something.
     pub fn cycles(&self) -> f64 {
         self.cycles
     }
