@@ -208,3 +208,25 @@ def test_images_in_a_folder_are_followed(workspace):
     (workspace.path / "images" / "cat" / "0.png").unlink()
     Image.new("L", (8, 8), 99).save(workspace.path / "images" / "cat" / "4.png")
     assert workspace.plan().jobs["prepare_dataset"] == 1
+
+
+def test_another_kind_of_run_is_made_anew(fresh):
+    """Though the model that the run made before is still there."""
+
+    def compare(config):
+        run = config["runs"]["tiny"]
+        linear = {"scheme": "linear", "bits": 2, "range": "given", "high": 2}
+        config["runs"]["tiny"] = {
+            "kind": "activations",
+            **{key: run[key] for key in ("dataset", "network", "benchmark")},
+            "cells": {"float": {}, "linear": {"activations": linear}},
+        }
+
+    workspace = fresh("another-kind")
+    model = workspace.path / "results" / "tiny" / "model.qcnn"
+    model.parent.mkdir(parents=True)
+    model.touch()
+    workspace.edit_config(compare)
+    jobs = workspace.plan().jobs
+    assert jobs["race_cells"] == 1
+    assert "benchmark_model" not in jobs
