@@ -25,7 +25,9 @@ def main() -> None:
         if package == __package__:
             raise
         extra = _EXTRAS.get(package, "pipeline")
-        sys.exit(f"qcnn: this needs the package {package}: pip install 'qcnn[{extra}]'")
+        sys.exit(
+            f"qcnn: this needs the package {package}: pip install 'qcnn-py[{extra}]'"
+        )
     except ImportError as error:
         sys.exit(f"qcnn: {error}")
 

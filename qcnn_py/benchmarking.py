@@ -337,14 +337,14 @@ def describe_environment(packages: Sequence[str] = ()) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {
             name: version
-            for name in ("numpy", "qcnn", *packages)
-            if (version := _version(name)) is not None
+            for name in ("numpy", "qcnn-py", *packages)
+            if (version := version_of(name)) is not None
         },
     }
 
 
-def _version(package: str) -> str | None:
-    """Return a package's version, if a distribution of that name brings it."""
+def version_of(package: str) -> str | None:
+    """Return a package's version, if a distribution of that name is installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

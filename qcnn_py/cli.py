@@ -143,7 +143,7 @@ def _engine(command: _Command) -> _Command:
             default="fast",
             show_default=True,
             help="exact: float32. fast: 16 bits where that is faster. int8: also "
-            "8 bits in convolutions.",
+            "8 bits where those are.",
         ),
     ):
         command = option(command)
@@ -879,7 +879,7 @@ def _print_findings(found: Mapping[str, Any]) -> None:
     click.echo(f"instruction sets: {', '.join(found['isas'])}; in use: {found['isa']}")
     for extra, packages in found["extras"].items():
         missing = [name for name, version in packages.items() if version is None]
-        state = f"pip install 'qcnn[{extra}]' brings {', '.join(missing)}"
+        state = f"pip install 'qcnn-py[{extra}]' brings {', '.join(missing)}"
         click.echo(f"extra {extra}: {state if missing else 'installed'}")
     click.echo("engine: " + ("see below" if found["problems"] else "computes right"))
 

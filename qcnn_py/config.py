@@ -940,8 +940,8 @@ class BenchmarkConfig(TimingConfig):
         min_length=1,
         description=(
             "Precisions of the quantised network that race. exact: float32 tables and "
-            "sums; fast: 16 bits where that is faster; int8: also 8 bits in "
-            "convolutions. The first one leads the report and has its layers timed."
+            "sums; fast: 16 bits where that is faster; int8: also 8 bits "
+            "where those are. The first one leads the report and has its layers timed."
         ),
     )
     peers: tuple[PeerName, ...] = Field(
@@ -949,7 +949,7 @@ class BenchmarkConfig(TimingConfig):
         description=(
             "Other engines that race with the decoded network, in float32 or in int8 "
             "(static, calibrated on the images of the speed test). They need the "
-            "extra bench: pip install 'qcnn[bench]'."
+            "extra bench: pip install 'qcnn-py[bench]'."
         ),
     )
 

@@ -91,7 +91,7 @@ def packages_of(names: Sequence[str]) -> list[str]:
             if util.find_spec(package) is None:
                 raise ConfigError(
                     f"peers contains {name}, which needs the package {package}: "
-                    "pip install 'qcnn[bench]'"
+                    "pip install 'qcnn-py[bench]'"
                 )
             needed[package] = None
     return list(needed)

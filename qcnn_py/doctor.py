@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from qcnn_py.benchmarking import describe_environment
+from qcnn_py.benchmarking import describe_environment, version_of
 from qcnn_py.errors import QcnnError
 from qcnn_py.model import available_isas
 from qcnn_py.network import Network, Node
@@ -65,9 +65,9 @@ def _try_engine() -> tuple[str | None, list[str]]:
 def _extras() -> dict[str, dict[str, str | None]]:
     """Return the packages of each extra and their versions."""
     requirements = [
-        # "numpy>=2; extra == 'x'"; an extra may refer to another: "qcnn[other]".
+        # "numpy>=2; extra == 'x'"; an extra may refer to another: "qcnn-py[other]".
         match.groups()
-        for text in metadata.requires("qcnn") or []
+        for text in metadata.requires("qcnn-py") or []
         if (
             match := re.match(
                 r"([\w.-]+)(?:\[([^]]*)\])?.*extra == ['\"]([\w-]+)['\"]", text
@@ -82,19 +82,12 @@ def _extras() -> dict[str, dict[str, str | None]]:
             if own == extra:
                 found |= (
                     set().union(*map(packages, re.split(r"\s*,\s*", referred)))
-                    if name == "qcnn"
+                    if name == "qcnn-py"
                     else {name}
                 )
         return found
 
     return {
-        extra: {name: _version(name) for name in sorted(packages(extra))}
+        extra: {name: version_of(name) for name in sorted(packages(extra))}
         for extra in names
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

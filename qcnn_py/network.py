@@ -404,8 +404,8 @@ class Network:
             ``exact`` computes in float32; ``fast`` computes quantised layers in
             16 bits where that is faster, with scales that cannot overflow. A
             layer's response is off by about 1e-3 then (relative L2). ``int8`` may
-            also take inputs and codewords of 8 bits for convolutions, and tables of
-            8 bits for those with up to 32 codewords, which is off by about 1e-2.
+            also take inputs, codewords and tables of 8 bits where that is faster,
+            which is off by about 1e-2.
         isa : str, optional
             One of :func:`qcnn_py.available_isas`; the best one by default, or
             the one named by the environment variable ``QCNN_ISA``.

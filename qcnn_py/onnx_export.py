@@ -81,7 +81,7 @@ def to_onnx(
         from onnx import TensorProto, checker, helper
     except ImportError as error:
         raise ImportError(
-            "writing ONNX needs the package onnx: pip install 'qcnn[onnx]'"
+            "writing ONNX needs the package onnx: pip install 'qcnn-py[onnx]'"
         ) from error
 
     kind = "compact" if compact else "dense"

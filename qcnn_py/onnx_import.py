@@ -95,7 +95,7 @@ def read_onnx(
         from onnx import checker, inliner
     except ImportError as error:
         raise ImportError(
-            "reading ONNX needs the package onnx: pip install 'qcnn[onnx]'"
+            "reading ONNX needs the package onnx: pip install 'qcnn-py[onnx]'"
         ) from error
     try:
         model = onnx.load(path)

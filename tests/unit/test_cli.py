@@ -410,7 +410,7 @@ def test_missing_extras(
     )
     assert done.returncode in (1, 2)
     assert done.stderr.count("\n") == 1
-    assert f"pip install 'qcnn[{extra}]'" in done.stderr
+    assert f"pip install 'qcnn-py[{extra}]'" in done.stderr
 
 
 def test_classifies_without_the_pipeline(

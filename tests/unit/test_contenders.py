@@ -101,13 +101,13 @@ def test_peers_take_part(network, peers, caplog):
     for peer in peers:
         assert errors[peer] < (1e-5 if peer.endswith("fp32") else 0.1)
     packages = result["environment"]["packages"]
-    assert packages.keys() == {"numpy", "qcnn", *packages_of(peers)}
+    assert packages.keys() == {"numpy", "qcnn-py", *packages_of(peers)}
     assert packages["onnx"] == metadata.version("onnx")
 
 
 def test_no_peer_needs_no_package(network):
     assert packages_of([]) == []
-    assert race(network, [])["environment"]["packages"].keys() == {"numpy", "qcnn"}
+    assert race(network, [])["environment"]["packages"].keys() == {"numpy", "qcnn-py"}
 
 
 def test_int8_is_calibrated_on_the_given_images(network):
