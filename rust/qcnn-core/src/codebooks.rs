@@ -8,6 +8,8 @@
 //! read is written again to the bit.
 
 use half::f16;
+use half::slice::HalfFloatSliceExt;
+use half::vec::HalfFloatVecExt;
 
 use crate::graph::{CodebookBits, PqGeometry};
 
@@ -36,9 +38,9 @@ pub fn encode(pq: PqGeometry, channels: usize, books: &[f32]) -> Vec<u8> {
     });
     match pq.codebook_bits {
         CodebookBits::Float32 => stored.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        CodebookBits::Float16 => stored
+        CodebookBits::Float16 => Vec::from_f32_slice(&stored)
             .iter()
-            .flat_map(|v| f16::from_f32(*v).to_le_bytes())
+            .flat_map(|v: &f16| v.to_le_bytes())
             .collect(),
         CodebookBits::Int8 => stored
             .iter()
@@ -57,10 +59,8 @@ pub fn decode(pq: PqGeometry, channels: usize, bytes: &[u8], scales: &[f32]) -> 
         }
         CodebookBits::Float16 => {
             let (numbers, _) = bytes.as_chunks::<2>();
-            numbers
-                .iter()
-                .map(|b| f16::from_le_bytes(*b).to_f32())
-                .collect()
+            let numbers: Vec<_> = numbers.iter().map(|b| f16::from_le_bytes(*b)).collect();
+            numbers.to_f32_vec()
         }
         CodebookBits::Int8 => bytes
             .iter()
