@@ -870,7 +870,7 @@ def doctor_command(as_json: bool) -> None:
 
 
 def _print_findings(found: Mapping[str, Any]) -> None:
-    click.echo(f"qcnn {found['packages']['qcnn']} in {found['folder']}")
+    click.echo(f"qcnn {__version__} in {found['folder']}")
     click.echo(
         f"Python {found['python']}, NumPy {found['packages']['numpy']}, "
         f"{found['system']}"
