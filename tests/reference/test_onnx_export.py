@@ -126,7 +126,7 @@ def test_missing_package_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
     network, _ = mixed_network()
-    with pytest.raises(ImportError, match=r"pip install 'qcnn\[onnx\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'qcnn-py\[onnx\]'"):
         network.to_onnx(tmp_path / "network.onnx")
 
 

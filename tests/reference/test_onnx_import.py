@@ -630,7 +630,7 @@ def test_changed_bytes_raise_nothing_unforeseen(
 
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(ImportError, match=r"pip install 'qcnn\[onnx\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'qcnn-py\[onnx\]'"):
         read_onnx("model.onnx")
 
 
