@@ -14,6 +14,7 @@
 //! | `avx512` | AVX-512 F, BW, DQ, VL and `avx2`'s needs | 16 lanes |
 //! | `avx512vnni` | also AVX-512 VNNI | 16 lanes |
 //! | `avx512vbmi` | also AVX-512 VBMI and VPOPCNTDQ | 16 lanes |
+//! | `avx512amx` | also AMX for bytes, on Linux | 16 lanes, and tiles |
 //!
 //! # How kernels are compiled
 //!
@@ -30,6 +31,8 @@
 //! executed.
 
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -40,6 +43,8 @@ mod portable;
 use std::fmt;
 use std::str::FromStr;
 
+#[cfg(target_arch = "x86_64")]
+use amx::Amx;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
@@ -68,16 +73,19 @@ pub enum Isa {
     Avx512Vnni,
     /// The same and AVX-512 VBMI and VPOPCNTDQ, which no CPU with VNNI has apart.
     Avx512Vbmi,
+    /// The same and AMX for bytes, if the system lets the process use it.
+    Avx512Amx,
 }
 
 impl Isa {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 7] = [
         Self::Portable,
         Self::Neon,
         Self::Avx2,
         Self::Avx512,
         Self::Avx512Vnni,
         Self::Avx512Vbmi,
+        Self::Avx512Amx,
     ];
 
     /// The level's name in options, in `QCNN_ISA` and in reports.
@@ -89,6 +97,7 @@ impl Isa {
             Self::Avx512 => "avx512",
             Self::Avx512Vnni => "avx512vnni",
             Self::Avx512Vbmi => "avx512vbmi",
+            Self::Avx512Amx => "avx512amx",
         }
     }
 
@@ -144,8 +153,12 @@ impl Isa {
             Self::Avx512Vnni => Avx512::new().map(Level::Avx512Vnni),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Vbmi => Avx512::new().map(Level::Avx512Vbmi),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Amx => Amx::new().map(Level::Avx512Amx),
             #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx2 | Self::Avx512 | Self::Avx512Vnni | Self::Avx512Vbmi => None,
+            Self::Avx2 | Self::Avx512 | Self::Avx512Vnni | Self::Avx512Vbmi | Self::Avx512Amx => {
+                None
+            }
         }
     }
 }
@@ -198,6 +211,9 @@ pub(crate) enum Level {
     /// See [`Avx512`].
     #[cfg(target_arch = "x86_64")]
     Avx512Vbmi(Avx512<true, true>),
+    /// See [`Amx`].
+    #[cfg(target_arch = "x86_64")]
+    Avx512Amx(Amx),
 }
 
 impl Level {
@@ -215,6 +231,9 @@ impl Level {
             Self::Avx512Vnni(simd) => simd.call(task),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Vbmi(simd) => simd.call(task),
+            // Tasks are written over vectors; what multiplies tiles asks for the token.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Amx(amx) => amx.simd().call(task),
         }
     }
 }

@@ -29,7 +29,7 @@ use std::ops::Range;
 use super::entry::{MAX_CHUNK, MAX_SCALE};
 use super::permute::build_tables;
 use super::words::transpose_codebooks;
-use super::{Candidate, FcLayer, Kernel, Weights, vector_cycles};
+use super::{Candidate, FcLayer, Kernel, Weights, multiply_cycles};
 use crate::graph::PqGeometry;
 use crate::isa::{MAX_LANES, Simd, Task};
 use crate::memory::Buffer;
@@ -89,7 +89,7 @@ impl<S: Simd> BytesFc<S> {
         let look_ups = pq.n_subspaces * layer.out_features.div_ceil(Self::BYTES);
         let products = ((pq.n_subspaces * pq.subvector_dim) << bits) / S::LANES;
         let cycles = look_ups as f64 * S::PACKED_LOOK_UP_CYCLES[bits - 4]
-            + products as f64 * vector_cycles::<S>();
+            + products as f64 * multiply_cycles::<S>();
         Some(Candidate::new(cycles, move || {
             Self::new(simd, layer, (pq, codebooks, codes), bits)
         }))

@@ -50,7 +50,7 @@
 use std::ops::Range;
 
 use super::tile::pair;
-use super::{Candidate, ConvLayer, Kernel, Weights, vector_cycles};
+use super::{Candidate, ConvLayer, Kernel, Weights, multiply_cycles, vector_cycles};
 use crate::geometry::ConvGeometry;
 use crate::graph::PqGeometry;
 use crate::isa::{MAX_LANES, Simd, Task};
@@ -169,7 +169,8 @@ impl<S: Simd> ChannelsConv<S> {
             // rounding them to 8 bits.
             let dim = pq.subvector_dim as f64;
             let products = (OCTET * entries / S::LANES) as f64 * (0.6 * dim + 2.0);
-            let build = vector_cycles::<S>() * (products + 2.0 * dim + 20.0);
+            let build =
+                multiply_cycles::<S>() * products + vector_cycles::<S>() * (2.0 * dim + 20.0);
             let tables = (g.in_size[0] * g.in_size[1].next_multiple_of(S::LANES) * octets) as f64;
             // Of a pixel and a vector of outputs: the look-ups of both halves;
             // loading codes.

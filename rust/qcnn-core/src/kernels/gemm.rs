@@ -31,7 +31,7 @@ use std::ops::Range;
 use super::factors::{Bytes, Factors, MAX_GROUP, Words};
 use super::planes::Planes;
 use super::tile::pair_rows;
-use super::{Candidate, ConvLayer, Grid, Kernel, Levels, Weights, vector_cycles};
+use super::{Candidate, ConvLayer, Grid, Kernel, Levels, Weights, multiply_cycles, vector_cycles};
 use crate::geometry::ConvGeometry;
 use crate::isa::{Simd, Task};
 
@@ -67,7 +67,7 @@ pub(crate) struct IntegerGemmConv<S, F> {
 
 /// How an image becomes integers.
 #[derive(Clone, Copy, Debug)]
-enum Rounding {
+pub(super) enum Rounding {
     /// The greatest magnitude becomes this number.
     Peak(f32),
     /// As [`Bytes::scale`] says.
@@ -78,18 +78,18 @@ enum Rounding {
 
 /// What integers of an image are.
 #[derive(Clone, Copy, Debug)]
-struct Scale {
+pub(super) struct Scale {
     /// From inputs to integers.
-    factor: f32,
+    pub factor: f32,
     /// What they are raised by.
-    zero: i32,
+    pub zero: i32,
     /// What 1 stands for.
-    unit: f32,
+    pub unit: f32,
 }
 
 impl Rounding {
     /// For inputs in a range that 0 lies in. NaN and infinity make all responses NaN.
-    fn scale(self, [low, high]: [f32; 2]) -> Scale {
+    pub fn scale(self, [low, high]: [f32; 2]) -> Scale {
         let peak = high.max(-low);
         if !(high - low).is_finite() {
             return Scale {
@@ -167,12 +167,12 @@ impl<S: Simd> IntegerGemmConv<S, Bytes> {
 }
 
 /// The greatest magnitude.
-fn peak(weights: &[f32]) -> f32 {
+pub(super) fn peak(weights: &[f32]) -> f32 {
     weights.iter().fold(0.0f32, |peak, w| peak.max(w.abs()))
 }
 
 /// Products per output.
-fn depth(geometry: &ConvGeometry) -> usize {
+pub(super) fn depth(geometry: &ConvGeometry) -> usize {
     geometry.group_in_channels() * geometry.taps()
 }
 
@@ -189,9 +189,9 @@ impl<S: Simd, F: Factors> IntegerGemmConv<S, F> {
         let planes = Planes::new(g, g.out_size);
         let panels = planes.positions(g.out_size).div_ceil(panel_columns::<S>());
         // For a panel of columns: multiplying, packing.
-        let multiply = 2.2 * F::cycles::<S>() * outputs as f64;
-        let pack = 5.0 * F::GROUP as f64;
-        let cycles = depth(g).div_ceil(F::GROUP) as f64 * vector_cycles::<S>() * (multiply + pack);
+        let multiply = 2.2 * F::cycles::<S>() * multiply_cycles::<S>() * outputs as f64;
+        let pack = 5.0 * vector_cycles::<S>() * F::GROUP as f64;
+        let cycles = depth(g).div_ceil(F::GROUP) as f64 * (multiply + pack);
         let cycles = (g.groups * panels) as f64 * cycles;
         Candidate::new(cycles, move || Self::new(simd, layer, rounding, &scale))
     }
@@ -391,7 +391,7 @@ impl<S: Simd, F: Factors> IntegerGemmConv<S, F> {
 }
 
 /// The least and the greatest number, 0 included; NaN if there is one.
-struct Extremes<'a>(&'a [f32]);
+pub(super) struct Extremes<'a>(pub &'a [f32]);
 
 impl Task for Extremes<'_> {
     type Output = [f32; 2];
@@ -558,7 +558,12 @@ impl<F: Factors, const R: usize> Task for Rows<'_, F, R> {
             }
         }
         let mut runs = [Run::default(); MAX_PANEL_COLUMNS + 1];
-        let runs = p.runs(S::LANES, &mut runs);
+        let runs = runs_of(
+            p.positions,
+            [p.row_len, p.width],
+            [p.stride, S::LANES],
+            &mut runs,
+        );
         let floor = simd.splat(p.floor);
         let outputs = p.units.iter().zip(p.bias).zip(&responses);
         for (((unit, bias), responses), output) in outputs.zip(p.output.chunks_exact_mut(p.stride))
@@ -568,7 +573,7 @@ impl<F: Factors, const R: usize> Task for Rows<'_, F, R> {
             for run in runs {
                 let sums = simd.load_first(&responses[run.half * S::LANES..][..S::LANES]);
                 let response = simd.max(simd.add(simd.mul(sums, unit), bias), floor);
-                // SAFETY: the run's outputs lie within the map, see `Product::runs`, of
+                // SAFETY: the run's outputs lie within the map, see `runs_of`, of
                 // which `output` has all pixels.
                 unsafe {
                     let target = output.as_mut_ptr().wrapping_offset(run.offset);
@@ -582,53 +587,56 @@ impl<F: Factors, const R: usize> Task for Rows<'_, F, R> {
 /// Lanes of one of the two vectors of a panel that are neighbouring outputs: lane i is
 /// pixel `offset + i` of the map.
 #[derive(Clone, Copy, Default)]
-struct Run {
-    half: usize,
-    begin: usize,
-    end: usize,
-    offset: isize,
+pub(super) struct Run {
+    pub half: usize,
+    pub begin: usize,
+    pub end: usize,
+    pub offset: isize,
 }
 
-impl Product<'_> {
-    /// What the panel's positions are in the map, for vectors of `lanes` lanes. Some, at
-    /// the end of each row, are no outputs.
-    fn runs<'a>(&self, lanes: usize, runs: &'a mut [Run; MAX_PANEL_COLUMNS + 1]) -> &'a [Run] {
-        // Rows without such positions follow each other.
-        let [row_len, width] = if self.row_len == self.width {
-            [usize::MAX; 2]
-        } else {
-            [self.row_len, self.width]
-        };
-        let mut n = 0;
-        let mut position = self.positions.start;
-        while position < self.positions.end {
-            let (y, x) = (position / row_len, position % row_len);
-            let len = (row_len - x).min(self.positions.end - position);
-            let first = position - self.positions.start;
-            let end = first + len.min(width.saturating_sub(x));
-            for half in 0..2 {
-                let lane = half * lanes;
-                let (begin, end) = (first.max(lane), end.min(lane + lanes));
-                if begin < end {
-                    let pixel = y * self.width + x;
-                    assert!(pixel + end - first <= self.stride);
-                    runs[n] = Run {
-                        half,
-                        begin: begin - lane,
-                        end: end - lane,
-                        offset: pixel as isize - first as isize + lane as isize,
-                    };
-                    n += 1;
-                }
+/// What the positions of a panel are in a map of `pixels` outputs, for vectors of `lanes`
+/// lanes. Of the `row_len` positions of a row the first `width` are outputs.
+pub(super) fn runs_of(
+    positions: Range<usize>,
+    [row_len, width]: [usize; 2],
+    [pixels, lanes]: [usize; 2],
+    runs: &mut [Run; MAX_PANEL_COLUMNS + 1],
+) -> &[Run] {
+    // Rows without other positions follow each other.
+    let [in_row, out_row] = if row_len == width {
+        [usize::MAX; 2]
+    } else {
+        [row_len, width]
+    };
+    let mut n = 0;
+    let mut position = positions.start;
+    while position < positions.end {
+        let (y, x) = (position / in_row, position % in_row);
+        let len = (in_row - x).min(positions.end - position);
+        let first = position - positions.start;
+        let end = first + len.min(out_row.saturating_sub(x));
+        for half in 0..2 {
+            let lane = half * lanes;
+            let (begin, end) = (first.max(lane), end.min(lane + lanes));
+            if begin < end {
+                let pixel = y * width + x;
+                assert!(pixel + end - first <= pixels);
+                runs[n] = Run {
+                    half,
+                    begin: begin - lane,
+                    end: end - lane,
+                    offset: pixel as isize - first as isize + lane as isize,
+                };
+                n += 1;
             }
-            position += len;
         }
-        &runs[..n]
+        position += len;
     }
+    &runs[..n]
 }
 
 /// Most float32 lanes of a vector on any level.
 const MAX_LANES: usize = 16;
 
 /// Most columns of a panel on any level.
-const MAX_PANEL_COLUMNS: usize = 32;
+pub(super) const MAX_PANEL_COLUMNS: usize = 32;

@@ -22,6 +22,8 @@ pub(crate) mod planes;
 mod rows;
 pub mod scalar;
 pub(crate) mod tile;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 mod words;
 mod xnor;
 
@@ -30,6 +32,8 @@ use std::fmt::{self, Debug};
 
 use crate::geometry::ConvGeometry;
 use crate::graph::PqGeometry;
+#[cfg(target_arch = "x86_64")]
+use crate::isa::Level;
 use crate::isa::{Isa, Simd, Task};
 use crate::ops::conv::{DirectConv, GemmConv};
 use crate::ops::fc::GemmFc;
@@ -44,6 +48,8 @@ use parts::PartsConv;
 use permute::PermuteFc;
 use pixels::PixelsConv;
 use rows::{ByteCodebook, Float, RowsConv, Short, WordCodebook};
+#[cfg(target_arch = "x86_64")]
+use tiles::TilesConv;
 use words::WordsFc;
 use xnor::{XnorConv, XnorFc};
 
@@ -240,8 +246,8 @@ impl<'a> Candidate<'a> {
     }
 
     /// Clock cycles that one image takes, by a rough model whose constants were
-    /// measured on Zen 3 and Zen 4 cores, those of NEON's look-ups computed. Only
-    /// comparisons mean something.
+    /// measured on Zen 3, Zen 4 and Emerald Rapids cores, those of NEON's look-ups computed.
+    /// Only comparisons mean something.
     pub fn cycles(&self) -> f64 {
         self.cycles
     }
@@ -266,6 +272,17 @@ pub(crate) const fn vector_cycles<S: Simd>() -> f64 {
     if S::LANES >= 16 { 1.0 } else { 0.5 }
 }
 
+/// Clock cycles of a multiplication of vectors. CPUs that have 16-bit floats, Intel's since
+/// Sapphire Rapids, have two units for vectors of 64 bytes. (They load two such vectors a
+/// cycle, too, but look-ups are not faster for it.)
+pub(crate) fn multiply_cycles<S: Simd>() -> f64 {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx512fp16") {
+        return 0.5;
+    }
+    vector_cycles::<S>()
+}
+
 /// Every kernel on `isa` that can run `layer` at `precision`, from the fastest to the slowest
 /// by the model. There is always one if the CPU has the level.
 pub fn conv_kernels<'a>(
@@ -282,8 +299,21 @@ pub fn conv_kernels<'a>(
             conv_kernels_of(self.0, simd, self.1)
         }
     }
-    isa.level()
-        .map_or_else(Vec::new, |level| level.call(List(layer, precision)))
+    let Some(level) = isa.level() else {
+        return Vec::new();
+    };
+    let mut candidates = level.call(List(layer, precision));
+    #[cfg(target_arch = "x86_64")]
+    if let Level::Avx512Amx(amx) = level {
+        if precision >= Precision::Fast {
+            candidates.extend(TilesConv::<2>::candidate(amx, layer));
+        }
+        if precision >= Precision::Int8 {
+            candidates.extend(TilesConv::<1>::candidate(amx, layer));
+        }
+        candidates.sort_by(|a, b| a.cycles.total_cmp(&b.cycles));
+    }
+    candidates
 }
 
 /// As [`conv_kernels`], also for levels that no session uses.

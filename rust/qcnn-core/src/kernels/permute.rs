@@ -51,7 +51,7 @@ use std::ops::Range;
 
 use super::entry::{Entry, Lane, MAX_CHUNK};
 use super::words::{transpose_codebooks, transpose_out};
-use super::{Candidate, FcLayer, Kernel, Weights, vector_cycles};
+use super::{Candidate, FcLayer, Kernel, Weights, multiply_cycles};
 use crate::graph::PqGeometry;
 use crate::isa::{MAX_LANES, Simd, Task};
 use crate::memory::Buffer;
@@ -123,7 +123,7 @@ impl<S: Simd, E: Entry> PermuteFc<S, E> {
         let look_ups = pq.n_subspaces * layer.out_features.div_ceil(columns) * E::lane_codes(bits);
         let products = pq.n_subspaces * pq.subvector_dim * E::table_len(bits) / S::LANES;
         let cycles =
-            look_ups as f64 * Self::look_up_cycles(bits) + products as f64 * vector_cycles::<S>();
+            look_ups as f64 * Self::look_up_cycles(bits) + products as f64 * multiply_cycles::<S>();
         Some(Candidate::new(cycles, move || {
             Self::new(simd, layer, (pq, codebooks, codes), bits)
         }))

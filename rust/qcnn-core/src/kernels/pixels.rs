@@ -22,7 +22,7 @@
 
 use super::planes::Planes;
 use super::tile::{TILE_VECTORS, load_tile, store_tile, tile, tile_rows};
-use super::{Candidate, ConvLayer, Kernel, Weights, vector_cycles};
+use super::{Candidate, ConvLayer, Kernel, Weights, multiply_cycles, vector_cycles};
 use crate::geometry::ConvGeometry;
 use crate::graph::PqGeometry;
 use crate::isa::{Simd, Task};
@@ -327,7 +327,8 @@ fn cost<S: Simd>(
     // Copying the planes, row by row; multiplying and storing.
     let dim = pq.subvector_dim as f64;
     let copies = dim * (2.0 * row_vectors + 15.0 * planes.rows() as f64);
-    let tables = copies + pq.n_centroids as f64 * row_vectors * vector_cycles::<S>() * (3.0 + dim);
+    let tables =
+        copies + pq.n_centroids as f64 * row_vectors * multiply_cycles::<S>() * (3.0 + dim);
     // Adding a vector, from L1 or L2; the address, once per strip; loading and
     // storing the sums, once per block.
     let look_up = if window_bytes <= WINDOW_BYTES {

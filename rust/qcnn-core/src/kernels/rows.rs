@@ -37,7 +37,7 @@ use std::fmt::Debug;
 use std::ops::Range;
 
 use super::planes::every;
-use super::{Candidate, ConvLayer, Kernel, Weights, vector_cycles};
+use super::{Candidate, ConvLayer, Kernel, Weights, multiply_cycles, vector_cycles};
 use crate::geometry::ConvGeometry;
 use crate::graph::PqGeometry;
 use crate::isa::{Simd, Task};
@@ -404,7 +404,8 @@ fn cost<S: Simd, C: Cell>(
         let plane_vectors = (cut.rows + phase.rows.last().copied().unwrap_or(0)) as f64;
         // Reading the input, twice; multiplying.
         let reads = cut.parts.max(C::HALVES) as f64 * 12.0 * dim as f64;
-        let table = table_rows as f64 * vector * C::table_cycles::<S>(dim);
+        let multiply = multiply_cycles::<S>() * C::VECTORS as f64;
+        let table = table_rows as f64 * multiply * C::table_cycles::<S>(dim);
         cycles += sources * plane_vectors * (reads + table);
         let columns = phase.columns.len() as f64;
         let n_terms = sources * pass.rows.len() as f64 * columns;

@@ -21,7 +21,7 @@ use crate::kernels::planes::Planes;
 use crate::kernels::tile::{
     MAX_COLUMNS, MAX_TILE, TILE_VECTORS, load_tile, store_tile, tile, tile_rows,
 };
-use crate::kernels::{Candidate, ConvLayer, Kernel, vector_cycles};
+use crate::kernels::{Candidate, ConvLayer, Kernel, multiply_cycles};
 
 /// Bytes of one packed panel of im2col columns. It is read again for every
 /// panel of weights, so it stays in half of a 32 KiB L1 cache, beside the
@@ -66,7 +66,7 @@ impl<S: Simd> GemmConv<S> {
         let outputs = g.group_out_channels().next_multiple_of(tile_rows::<S>());
         let vectors = g.out_pixels().next_multiple_of(Self::COLUMNS) / S::LANES;
         // Multiplying one vector, packing one.
-        let cycles = 1.25 * vector_cycles::<S>() * outputs as f64 + 4.0;
+        let cycles = 1.25 * multiply_cycles::<S>() * outputs as f64 + 4.0;
         let cycles = (g.groups * depth * vectors) as f64 * cycles;
         Candidate::new(cycles, move || Self::new(simd, layer))
     }
