@@ -9,6 +9,11 @@
 //! touches these registers: the compiler uses them in functions with AMX's target features
 //! only, and there are none.
 
+#![expect(
+    clippy::unused_self,
+    reason = "a token proves that there are the instructions"
+)]
+
 use std::arch::asm;
 use std::arch::x86_64::{
     __cpuid_count, __m512i, _mm_storeu_si128, _mm256_loadu_si256, _mm512_add_epi32,
@@ -255,7 +260,6 @@ impl Drop for Tiles {
 impl Tiles {
     /// Products of two tiles of weights with two tiles of columns, for each of `n` blocks
     /// of 64 rows of the matrices: sums (weights 0, columns 0), (0, 1), (1, 0), (1, 1).
-    /// They go on from what is there, or `begin`.
     ///
     /// # Safety
     ///
@@ -265,10 +269,9 @@ impl Tiles {
         weights: *const i8,
         columns: *const u8,
         n: usize,
-        begin: bool,
         sums: &mut Sums,
     ) {
-        self.load(begin, sums);
+        self.clear();
         // SAFETY: `self` proves AMX with tiles that are configured; the caller vouches for
         // what is read, and there is at least one block.
         unsafe {
@@ -311,10 +314,9 @@ impl Tiles {
         weights: *const i8,
         columns: *const u8,
         n: usize,
-        begin: bool,
         sums: &mut Sums,
     ) {
-        self.load(begin, sums);
+        self.clear();
         // SAFETY: as above.
         unsafe {
             if n > 0 {
@@ -348,34 +350,22 @@ impl Tiles {
     }
 
     #[inline(always)]
-    fn load(&self, begin: bool, sums: &Sums) {
-        // SAFETY: as in `multiply`; the sums are four tiles.
+    fn clear(&self) {
+        // SAFETY: `self` proves AMX with tiles that are configured.
         unsafe {
-            if begin {
-                asm!(
-                    "tilezero tmm0",
-                    "tilezero tmm1",
-                    "tilezero tmm2",
-                    "tilezero tmm3",
-                    options(nomem, nostack, preserves_flags)
-                );
-            } else {
-                asm!(
-                    "tileloadd tmm0, [{sums} + {row}*1]",
-                    "tileloadd tmm1, [{sums} + {row}*1 + 1024]",
-                    "tileloadd tmm2, [{sums} + {row}*1 + 2048]",
-                    "tileloadd tmm3, [{sums} + {row}*1 + 3072]",
-                    sums = in(reg) sums,
-                    row = in(reg) TILE_ROW,
-                    options(nostack, readonly, preserves_flags)
-                );
-            }
+            asm!(
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
+                options(nomem, nostack, preserves_flags)
+            );
         }
     }
 
     #[inline(always)]
     fn store(&self, sums: &mut Sums) {
-        // SAFETY: as in `load`.
+        // SAFETY: as above; the sums are four tiles.
         unsafe {
             asm!(
                 "tilestored [{sums} + {row}*1], tmm0",
@@ -462,30 +452,25 @@ mod tests {
                     })
                     .sum::<i32>()
             };
-            for begin in [true, false] {
-                let before = if begin { 0 } else { 12_345 };
-                let mut sums = [[[before; TILE]; TILE]; 4];
-                let mut of_digits = sums;
-                // SAFETY: there are as many tiles of each.
-                unsafe {
-                    let (weights, columns) = (weights.as_ptr(), columns.as_ptr());
-                    tiles.multiply(weights, columns, n, begin, &mut sums);
-                    tiles.multiply_digits(weights, columns, n, begin, &mut of_digits);
+            let mut sums = [[[12_345; TILE]; TILE]; 4];
+            let mut of_digits = sums;
+            // SAFETY: there are as many tiles of each.
+            unsafe {
+                let (weights, columns) = (weights.as_ptr(), columns.as_ptr());
+                tiles.multiply(weights, columns, n, &mut sums);
+                tiles.multiply_digits(weights, columns, n, &mut of_digits);
+            }
+            for (i, j) in (0..TILE).flat_map(|i| (0..TILE).map(move |j| (i, j))) {
+                for (tile, sums) in sums.iter().enumerate() {
+                    let expected = product(tile / 2, 2, tile % 2, i, j);
+                    assert_eq!(sums[i][j], expected, "{n} {tile} {i} {j}");
                 }
-                for (i, j) in (0..TILE).flat_map(|i| (0..TILE).map(move |j| (i, j))) {
-                    for tile in 0..4 {
-                        let expected = before + product(tile / 2, 2, tile % 2, i, j);
-                        assert_eq!(sums[tile][i][j], expected, "{n} {begin} {tile} {i} {j}");
-                    }
-                    for tile in 0..2 {
-                        // Here the columns are the digits, the high one first.
-                        let of = |weight, column| product(2 * tile + weight, 4, column, i, j);
-                        let expected = [of(0, 0), of(0, 1) + of(1, 0)];
-                        for digit in 0..2 {
-                            let got = of_digits[2 * tile + digit][i][j];
-                            assert_eq!(got, before + expected[digit], "{n} {begin} {i} {j}");
-                        }
-                    }
+                for tile in 0..2 {
+                    // Here the columns are the digits, the high one first.
+                    let of = |weight, column| product(2 * tile + weight, 4, column, i, j);
+                    let expected = [of(0, 0), of(0, 1) + of(1, 0)];
+                    let got = [0, 1].map(|digit| of_digits[2 * tile + digit][i][j]);
+                    assert_eq!(got, expected, "{n} {tile} {i} {j}");
                 }
             }
         }

@@ -558,12 +558,7 @@ impl<F: Factors, const R: usize> Task for Rows<'_, F, R> {
             }
         }
         let mut runs = [Run::default(); MAX_PANEL_COLUMNS + 1];
-        let runs = runs_of(
-            p.positions,
-            [p.row_len, p.width],
-            [p.stride, S::LANES],
-            &mut runs,
-        );
+        let runs = p.runs(S::LANES, &mut runs);
         let floor = simd.splat(p.floor);
         let outputs = p.units.iter().zip(p.bias).zip(&responses);
         for (((unit, bias), responses), output) in outputs.zip(p.output.chunks_exact_mut(p.stride))
@@ -573,7 +568,7 @@ impl<F: Factors, const R: usize> Task for Rows<'_, F, R> {
             for run in runs {
                 let sums = simd.load_first(&responses[run.half * S::LANES..][..S::LANES]);
                 let response = simd.max(simd.add(simd.mul(sums, unit), bias), floor);
-                // SAFETY: the run's outputs lie within the map, see `runs_of`, of
+                // SAFETY: the run's outputs lie within the map, see `Product::runs`, of
                 // which `output` has all pixels.
                 unsafe {
                     let target = output.as_mut_ptr().wrapping_offset(run.offset);
@@ -587,56 +582,53 @@ impl<F: Factors, const R: usize> Task for Rows<'_, F, R> {
 /// Lanes of one of the two vectors of a panel that are neighbouring outputs: lane i is
 /// pixel `offset + i` of the map.
 #[derive(Clone, Copy, Default)]
-pub(super) struct Run {
-    pub half: usize,
-    pub begin: usize,
-    pub end: usize,
-    pub offset: isize,
+struct Run {
+    half: usize,
+    begin: usize,
+    end: usize,
+    offset: isize,
 }
 
-/// What the positions of a panel are in a map of `pixels` outputs, for vectors of `lanes`
-/// lanes. Of the `row_len` positions of a row the first `width` are outputs.
-pub(super) fn runs_of(
-    positions: Range<usize>,
-    [row_len, width]: [usize; 2],
-    [pixels, lanes]: [usize; 2],
-    runs: &mut [Run; MAX_PANEL_COLUMNS + 1],
-) -> &[Run] {
-    // Rows without other positions follow each other.
-    let [in_row, out_row] = if row_len == width {
-        [usize::MAX; 2]
-    } else {
-        [row_len, width]
-    };
-    let mut n = 0;
-    let mut position = positions.start;
-    while position < positions.end {
-        let (y, x) = (position / in_row, position % in_row);
-        let len = (in_row - x).min(positions.end - position);
-        let first = position - positions.start;
-        let end = first + len.min(out_row.saturating_sub(x));
-        for half in 0..2 {
-            let lane = half * lanes;
-            let (begin, end) = (first.max(lane), end.min(lane + lanes));
-            if begin < end {
-                let pixel = y * width + x;
-                assert!(pixel + end - first <= pixels);
-                runs[n] = Run {
-                    half,
-                    begin: begin - lane,
-                    end: end - lane,
-                    offset: pixel as isize - first as isize + lane as isize,
-                };
-                n += 1;
+impl Product<'_> {
+    /// What the panel's positions are in the map, for vectors of `lanes` lanes. Some, at
+    /// the end of each row, are no outputs.
+    fn runs<'a>(&self, lanes: usize, runs: &'a mut [Run; MAX_PANEL_COLUMNS + 1]) -> &'a [Run] {
+        // Rows without such positions follow each other.
+        let [row_len, width] = if self.row_len == self.width {
+            [usize::MAX; 2]
+        } else {
+            [self.row_len, self.width]
+        };
+        let mut n = 0;
+        let mut position = self.positions.start;
+        while position < self.positions.end {
+            let (y, x) = (position / row_len, position % row_len);
+            let len = (row_len - x).min(self.positions.end - position);
+            let first = position - self.positions.start;
+            let end = first + len.min(width.saturating_sub(x));
+            for half in 0..2 {
+                let lane = half * lanes;
+                let (begin, end) = (first.max(lane), end.min(lane + lanes));
+                if begin < end {
+                    let pixel = y * self.width + x;
+                    assert!(pixel + end - first <= self.stride);
+                    runs[n] = Run {
+                        half,
+                        begin: begin - lane,
+                        end: end - lane,
+                        offset: pixel as isize - first as isize + lane as isize,
+                    };
+                    n += 1;
+                }
             }
+            position += len;
         }
-        position += len;
+        &runs[..n]
     }
-    &runs[..n]
 }
 
 /// Most float32 lanes of a vector on any level.
 const MAX_LANES: usize = 16;
 
 /// Most columns of a panel on any level.
-pub(super) const MAX_PANEL_COLUMNS: usize = 32;
+const MAX_PANEL_COLUMNS: usize = 32;
