@@ -258,92 +258,69 @@ impl Drop for Tiles {
 }
 
 impl Tiles {
-    /// Products of two tiles of weights with two tiles of columns, for each of `n` blocks
-    /// of 64 rows of the matrices: sums (weights 0, columns 0), (0, 1), (1, 0), (1, 1).
+    /// Products of tiles of weights with tiles of columns, summed over `n` blocks of 64 rows
+    /// of the matrices.
+    ///
+    /// With one digit there are two tiles of each: sums are (weights 0, columns 0), (0, 1),
+    /// (1, 0), (1, 1). With two digits there are two tiles of weights, each of all digits,
+    /// the high ones first, and one of columns, likewise: for each tile of weights, sums of
+    /// products of high digits, then those of a high and a low one.
     ///
     /// # Safety
     ///
-    /// `weights` and `columns` are valid for reads of `n` times two tiles.
-    pub(crate) unsafe fn multiply(
+    /// `weights` is valid for reads of `n` times `2 * DIGITS` tiles, `columns` of `n` times
+    /// two.
+    pub(crate) unsafe fn multiply<const DIGITS: usize>(
         &self,
-        weights: *const i8,
-        columns: *const u8,
+        mut weights: *const i8,
+        mut columns: *const u8,
         n: usize,
         sums: &mut Sums,
     ) {
+        const { assert!(DIGITS == 1 || DIGITS == 2) };
         self.clear();
-        // SAFETY: `self` proves AMX with tiles that are configured; the caller vouches for
-        // what is read, and there is at least one block.
-        unsafe {
-            if n > 0 {
-                asm!(
-                    "2:",
-                    "tileloadd tmm6, [{columns} + {row}*1]",
-                    "tileloadd tmm4, [{weights} + {row}*1]",
-                    "tdpbssd tmm0, tmm4, tmm6",
-                    "tileloadd tmm5, [{weights} + {row}*1 + 1024]",
-                    "tdpbssd tmm2, tmm5, tmm6",
-                    "tileloadd tmm7, [{columns} + {row}*1 + 1024]",
-                    "tdpbssd tmm1, tmm4, tmm7",
-                    "tdpbssd tmm3, tmm5, tmm7",
-                    "add {weights}, 2048",
-                    "add {columns}, 2048",
-                    "dec {n}",
-                    "jnz 2b",
-                    weights = inout(reg) weights => _,
-                    columns = inout(reg) columns => _,
-                    n = inout(reg) n => _,
-                    row = in(reg) TILE_ROW,
-                    options(nostack, readonly)
-                );
-            }
-        }
-        self.store(sums);
-    }
-
-    /// The same with two digits: products of the high and low digits of two tiles of
-    /// weights with those of one tile of columns. Sums are, for each tile of weights, those
-    /// of products of high digits, then those of a high and a low one.
-    ///
-    /// # Safety
-    ///
-    /// `weights` is valid for reads of `n` times four tiles, high digits first, `columns`
-    /// of `n` times two.
-    pub(crate) unsafe fn multiply_digits(
-        &self,
-        weights: *const i8,
-        columns: *const u8,
-        n: usize,
-        sums: &mut Sums,
-    ) {
-        self.clear();
-        // SAFETY: as above.
-        unsafe {
-            if n > 0 {
-                asm!(
-                    "2:",
-                    "tileloadd tmm6, [{columns} + {row}*1]",
-                    "tileloadd tmm4, [{weights} + {row}*1]",
-                    "tdpbssd tmm0, tmm4, tmm6",
-                    "tileloadd tmm7, [{columns} + {row}*1 + 1024]",
-                    "tdpbssd tmm1, tmm4, tmm7",
-                    "tileloadd tmm5, [{weights} + {row}*1 + 1024]",
-                    "tileloadd tmm4, [{weights} + {row}*1 + 2048]",
-                    "tdpbssd tmm2, tmm4, tmm6",
-                    "tdpbssd tmm1, tmm5, tmm6",
-                    "tileloadd tmm5, [{weights} + {row}*1 + 3072]",
-                    "tdpbssd tmm3, tmm4, tmm7",
-                    "tdpbssd tmm3, tmm5, tmm6",
-                    "add {weights}, 4096",
-                    "add {columns}, 2048",
-                    "dec {n}",
-                    "jnz 2b",
-                    weights = inout(reg) weights => _,
-                    columns = inout(reg) columns => _,
-                    n = inout(reg) n => _,
-                    row = in(reg) TILE_ROW,
-                    options(nostack, readonly)
-                );
+        // Loads are between multiplications: both go on at the same time.
+        for _ in 0..n {
+            // SAFETY: `self` proves AMX with tiles that are configured; the caller vouches
+            // for what is read.
+            unsafe {
+                if DIGITS == 1 {
+                    asm!(
+                        "tileloadd tmm6, [{columns} + {row}*1]",
+                        "tileloadd tmm4, [{weights} + {row}*1]",
+                        "tdpbssd tmm0, tmm4, tmm6",
+                        "tileloadd tmm5, [{weights} + {row}*1 + 1024]",
+                        "tdpbssd tmm2, tmm5, tmm6",
+                        "tileloadd tmm7, [{columns} + {row}*1 + 1024]",
+                        "tdpbssd tmm1, tmm4, tmm7",
+                        "tdpbssd tmm3, tmm5, tmm7",
+                        weights = in(reg) weights,
+                        columns = in(reg) columns,
+                        row = in(reg) TILE_ROW,
+                        options(nostack, readonly, preserves_flags)
+                    );
+                } else {
+                    asm!(
+                        "tileloadd tmm6, [{columns} + {row}*1]",
+                        "tileloadd tmm4, [{weights} + {row}*1]",
+                        "tdpbssd tmm0, tmm4, tmm6",
+                        "tileloadd tmm7, [{columns} + {row}*1 + 1024]",
+                        "tdpbssd tmm1, tmm4, tmm7",
+                        "tileloadd tmm5, [{weights} + {row}*1 + 1024]",
+                        "tileloadd tmm4, [{weights} + {row}*1 + 2048]",
+                        "tdpbssd tmm2, tmm4, tmm6",
+                        "tdpbssd tmm1, tmm5, tmm6",
+                        "tileloadd tmm5, [{weights} + {row}*1 + 3072]",
+                        "tdpbssd tmm3, tmm4, tmm7",
+                        "tdpbssd tmm3, tmm5, tmm6",
+                        weights = in(reg) weights,
+                        columns = in(reg) columns,
+                        row = in(reg) TILE_ROW,
+                        options(nostack, readonly, preserves_flags)
+                    );
+                }
+                weights = weights.add(2 * DIGITS * TILE_BYTES);
+                columns = columns.add(2 * TILE_BYTES);
             }
         }
         self.store(sums);
@@ -457,8 +434,8 @@ mod tests {
             // SAFETY: there are as many tiles of each.
             unsafe {
                 let (weights, columns) = (weights.as_ptr(), columns.as_ptr());
-                tiles.multiply(weights, columns, n, &mut sums);
-                tiles.multiply_digits(weights, columns, n, &mut of_digits);
+                tiles.multiply::<1>(weights, columns, n, &mut sums);
+                tiles.multiply::<2>(weights, columns, n, &mut of_digits);
             }
             for (i, j) in (0..TILE).flat_map(|i| (0..TILE).map(move |j| (i, j))) {
                 for (tile, sums) in sums.iter().enumerate() {

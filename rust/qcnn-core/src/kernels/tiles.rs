@@ -320,13 +320,7 @@ impl<const DIGITS: usize> TilesConv<DIGITS> {
                 for (packed, sums) in packed.zip(&mut *sums) {
                     let (weights, packed) = (weights.as_ptr(), packed.as_ptr());
                     // SAFETY: both have tiles for all blocks.
-                    unsafe {
-                        if DIGITS == 1 {
-                            tiles.multiply(weights, packed, self.blocks(), sums);
-                        } else {
-                            tiles.multiply_digits(weights, packed, self.blocks(), sums);
-                        }
-                    }
+                    unsafe { tiles.multiply::<DIGITS>(weights, packed, self.blocks(), sums) }
                 }
                 self.amx.simd().call(Write {
                     kernel: self,
