@@ -16,9 +16,9 @@
 
 use std::arch::asm;
 use std::arch::x86_64::{
-    __cpuid_count, __m512i, _mm_storeu_si128, _mm256_loadu_si256, _mm512_add_epi32,
+    __cpuid_count, __m512i, __mmask16, _mm_mask_storeu_epi8, _mm256_loadu_si256, _mm512_add_epi32,
     _mm512_castsi256_si512, _mm512_cvtepi32_epi8, _mm512_cvtps_epi32, _mm512_inserti64x4,
-    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_permutex2var_epi8,
+    _mm512_loadu_si512, _mm512_maskz_loadu_ps, _mm512_mul_ps, _mm512_permutex2var_epi8,
     _mm512_set1_epi32, _mm512_set1_ps, _mm512_srli_epi32, _mm512_storeu_si512, _mm512_xor_si512,
 };
 use std::marker::PhantomData;
@@ -123,7 +123,7 @@ impl Amx {
     /// -128 to 127.
     pub(crate) fn bytes(self, values: &[f32], factor: f32, zero: i32, target: &mut [u8]) {
         assert_eq!(values.len(), target.len());
-        // SAFETY: `self` proves AVX-512 F.
+        // SAFETY: `self` proves AVX-512 F, BW and VL.
         unsafe { bytes(values, factor, zero, target) }
     }
 
@@ -131,7 +131,7 @@ impl Amx {
     /// of which are from -128 to 127. So it has to be at least -32,896 and at most 32,639.
     pub(crate) fn digits(self, values: &[f32], factor: f32, targets: [&mut [u8]; 2]) {
         assert!(targets.iter().all(|target| target.len() == values.len()));
-        // SAFETY: `self` proves AVX-512 F.
+        // SAFETY: `self` proves AVX-512 F, BW and VL.
         unsafe { digits(values, factor, targets) }
     }
 
@@ -155,61 +155,50 @@ impl Amx {
     }
 }
 
-/// 16 numbers, as [`Amx::bytes`] and [`Amx::digits`] want them.
+/// At most 16 numbers, as [`Amx::bytes`] and [`Amx::digits`] want them.
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn rounded(values: &[f32; TILE], factor: f32) -> __m512i {
-    // SAFETY: there are 16 values.
-    let values = unsafe { _mm512_loadu_ps(values.as_ptr()) };
+fn rounded(values: &[f32], factor: f32) -> __m512i {
+    // SAFETY: no values are read but those that there are.
+    let values = unsafe { _mm512_maskz_loadu_ps(first(values.len()), values.as_ptr()) };
     _mm512_cvtps_epi32(_mm512_mul_ps(values, _mm512_set1_ps(factor)))
 }
 
-#[target_feature(enable = "avx512f")]
+/// Store the lowest byte of as many lanes as there is room for, at most 16.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 #[inline]
-fn store_bytes(vector: __m512i, target: &mut [u8; TILE]) {
-    // SAFETY: there is room for 16 bytes.
-    unsafe { _mm_storeu_si128(target.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(vector)) }
+fn store_bytes(vector: __m512i, target: &mut [u8]) {
+    let bytes = _mm512_cvtepi32_epi8(vector);
+    // SAFETY: nothing is written behind the target's end.
+    unsafe { _mm_mask_storeu_epi8(target.as_mut_ptr().cast(), first(target.len()), bytes) }
 }
 
-#[target_feature(enable = "avx512f")]
+/// A mask of the first `n` lanes, at most 16.
+fn first(n: usize) -> __mmask16 {
+    ((1u32 << n) - 1) as __mmask16
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 fn bytes(values: &[f32], factor: f32, zero: i32, target: &mut [u8]) {
     let zeros = _mm512_set1_epi32(zero);
-    let (vectors, rest) = values.as_chunks::<TILE>();
-    let (targets, rest_target) = target.as_chunks_mut::<TILE>();
-    for (values, target) in vectors.iter().zip(targets) {
+    for (values, target) in values.chunks(TILE).zip(target.chunks_mut(TILE)) {
         store_bytes(_mm512_add_epi32(rounded(values, factor), zeros), target);
     }
-    let mut last = [0.0; TILE];
-    last[..rest.len()].copy_from_slice(rest);
-    let mut bytes = [0; TILE];
-    store_bytes(_mm512_add_epi32(rounded(&last, factor), zeros), &mut bytes);
-    rest_target.copy_from_slice(&bytes[..rest.len()]);
 }
 
 /// With 128 added to both digits they are those of a number without signs.
 const RAISED: i32 = 0x8080;
 
-#[target_feature(enable = "avx512f")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 fn digits(values: &[f32], factor: f32, [high, low]: [&mut [u8]; 2]) {
     let raised = _mm512_set1_epi32(RAISED);
-    let (vectors, rest) = values.as_chunks::<TILE>();
-    let (highs, rest_high) = high.as_chunks_mut::<TILE>();
-    let (lows, rest_low) = low.as_chunks_mut::<TILE>();
-    for ((values, high), low) in vectors.iter().zip(highs).zip(lows) {
+    let targets = high.chunks_mut(TILE).zip(low.chunks_mut(TILE));
+    for (values, (high, low)) in values.chunks(TILE).zip(targets) {
         let number = _mm512_add_epi32(rounded(values, factor), raised);
         let number = _mm512_xor_si512(number, raised);
         store_bytes(_mm512_srli_epi32::<8>(number), high);
         store_bytes(number, low);
     }
-    let mut last = [0.0; TILE];
-    last[..rest.len()].copy_from_slice(rest);
-    let number = _mm512_add_epi32(rounded(&last, factor), raised);
-    let number = _mm512_xor_si512(number, raised);
-    let mut bytes = [0; TILE];
-    store_bytes(_mm512_srli_epi32::<8>(number), &mut bytes);
-    rest_high.copy_from_slice(&bytes[..rest.len()]);
-    store_bytes(number, &mut bytes);
-    rest_low.copy_from_slice(&bytes[..rest.len()]);
 }
 
 /// For each byte of two tiles' rows of 16 columns the one of two pairs of rows, each of 32

@@ -243,16 +243,11 @@ impl<const DIGITS: usize> TilesConv<DIGITS> {
             let scale = self.rounding.scale(self.amx.simd().call(Extremes(input)));
             let channels = input.chunks_exact(g.in_pixels());
             let (high, low) = bytes.split_at_mut(self.planes_len());
+            let len = plane.len();
             for (c, channel) in channels.enumerate() {
-                self.planes.fill(self.amx.simd(), g, [0, 0], channel, plane);
-                let place = c * plane.len()..(c + 1) * plane.len();
-                if DIGITS == 1 {
-                    let zero = scale.zero - 128;
-                    self.amx.bytes(plane, scale.factor, zero, &mut high[place]);
-                } else {
-                    let targets = [&mut high[place.clone()], &mut low[place]];
-                    self.amx.digits(plane, scale.factor, targets);
-                }
+                let place = c * len..(c + 1) * len;
+                let of_low = if DIGITS == 1 { 0..0 } else { place.clone() };
+                self.round(channel, scale, plane, [&mut high[place], &mut low[of_low]]);
             }
             for first in (0..self.columns()).step_by(self.block_columns()) {
                 let columns = first..(first + self.block_columns()).min(self.columns());
@@ -265,6 +260,38 @@ impl<const DIGITS: usize> TilesConv<DIGITS> {
                 };
                 self.products(&tiles, &block, packed, sums, output);
             }
+        }
+    }
+
+    /// Make bytes of a channel: a plane of each digit.
+    fn round(&self, channel: &[f32], scale: Scale, plane: &mut [f32], targets: [&mut [u8]; 2]) {
+        let g = &self.geometry;
+        let zero = scale.zero - 128;
+        let round = |values: &[f32], [high, low]: [&mut [u8]; 2]| {
+            if DIGITS == 1 {
+                self.amx.bytes(values, scale.factor, zero, high);
+            } else {
+                self.amx.digits(values, scale.factor, [high, low]);
+            }
+        };
+        if g.stride != [1, 1] {
+            self.planes.fill(self.amx.simd(), g, [0, 0], channel, plane);
+            round(plane, targets);
+            return;
+        }
+        // The plane is the channel and its padding.
+        let [high, low] = targets;
+        high.fill(if DIGITS == 1 {
+            zero.to_le_bytes()[0]
+        } else {
+            0
+        });
+        low.fill(0);
+        for (y, row) in channel.chunks_exact(g.in_size[1]).enumerate() {
+            let first = (y + g.padding.top) * self.planes.width() + g.padding.left;
+            let place = first..first + row.len();
+            let of_low = if DIGITS == 1 { 0..0 } else { place.clone() };
+            round(row, [&mut high[place], &mut low[of_low]]);
         }
     }
 
