@@ -32,9 +32,7 @@ use std::fmt::{self, Debug};
 
 use crate::geometry::ConvGeometry;
 use crate::graph::PqGeometry;
-#[cfg(target_arch = "x86_64")]
-use crate::isa::Level;
-use crate::isa::{Isa, Simd, Task};
+use crate::isa::{Isa, Level, Simd, Task};
 use crate::ops::conv::{DirectConv, GemmConv};
 use crate::ops::fc::GemmFc;
 use crate::ops::norm::BatchNorm;
@@ -303,17 +301,34 @@ pub fn conv_kernels<'a>(
         return Vec::new();
     };
     let mut candidates = level.call(List(layer, precision));
-    #[cfg(target_arch = "x86_64")]
-    if let Level::Avx512Amx(amx) = level {
-        if precision >= Precision::Fast {
-            candidates.extend(TilesConv::<2>::candidate(amx, layer));
-        }
-        if precision >= Precision::Int8 {
-            candidates.extend(TilesConv::<1>::candidate(amx, layer));
-        }
-        candidates.sort_by(|a, b| a.cycles.total_cmp(&b.cycles));
+    candidates.extend(tile_kernels(level, layer, precision));
+    candidates.sort_by(|a, b| a.cycles.total_cmp(&b.cycles));
+    candidates
+}
+
+/// Those that multiply tiles: no other level has them.
+#[cfg(target_arch = "x86_64")]
+fn tile_kernels<'a>(
+    level: Level,
+    layer: &'a ConvLayer<'a>,
+    precision: Precision,
+) -> Vec<Candidate<'a>> {
+    let Level::Avx512Amx(amx) = level else {
+        return Vec::new();
+    };
+    let mut candidates = Vec::new();
+    if precision >= Precision::Fast {
+        candidates.extend(TilesConv::<2>::candidate(amx, layer));
+    }
+    if precision >= Precision::Int8 {
+        candidates.extend(TilesConv::<1>::candidate(amx, layer));
     }
     candidates
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn tile_kernels<'a>(_: Level, _: &'a ConvLayer<'a>, _: Precision) -> Vec<Candidate<'a>> {
+    Vec::new()
 }
 
 /// As [`conv_kernels`], also for levels that no session uses.
