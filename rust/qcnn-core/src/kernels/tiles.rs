@@ -44,7 +44,7 @@ const OUTPUTS: usize = 2 * TILE;
 /// Greatest integer of two digits.
 const GREATEST: f32 = 32_639.0;
 
-/// Bytes of the columns packed at a time, roughly: most of a 2 MiB L2 cache, which no CPU
+/// Bytes of the columns packed at a time, roughly: half of a 2 MiB L2 cache, which no CPU
 /// with AMX has less of.
 const PACKED_BYTES: usize = 1 << 20;
 
