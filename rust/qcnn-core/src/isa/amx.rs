@@ -1,9 +1,9 @@
 //! AMX: products of tiles of bytes, on Linux.
 //!
-//! The CPU has eight registers, `tmm0` to `tmm7`, each a tile of 16 rows of 64 bytes. A
-//! multiplication takes 16 rows of weights, 64 bytes each, and 16 columns of inputs, in
-//! groups of four bytes as the multiplications of VNNI have them, and adds the products to
-//! 16 x 16 sums of 32 bits: 16,384 products.
+//! The CPU has eight registers, `tmm0` to `tmm7`, each a tile of up to 16 rows of 64 bytes.
+//! A multiplication takes a tile of inputs, 64 bytes for each of 16 pixels, and one of the
+//! weights of 16 outputs, in quads of four bytes as the multiplications of VNNI have them,
+//! and adds the products to 16 x 16 sums of 32 bits: 16,384 products.
 //!
 //! Rust has no stable intrinsics for them, so the loops are in assembly. Nothing else
 //! touches these registers: the compiler uses them in functions with AMX's target features
@@ -16,30 +16,28 @@
 
 use std::arch::asm;
 use std::arch::x86_64::{
-    __cpuid_count, __m512i, __mmask16, _mm_mask_storeu_epi8, _mm256_loadu_si256, _mm512_add_epi32,
-    _mm512_castsi256_si512, _mm512_cvtepi32_epi8, _mm512_cvtps_epi32, _mm512_inserti64x4,
-    _mm512_loadu_si512, _mm512_maskz_loadu_ps, _mm512_mul_ps, _mm512_permutex2var_epi8,
-    _mm512_set1_epi32, _mm512_set1_ps, _mm512_srli_epi32, _mm512_storeu_si512, _mm512_xor_si512,
+    __cpuid_count, __m512i, _mm512_castps_si512, _mm512_fmadd_ps, _mm512_mask_storeu_epi32,
+    _mm512_maskz_loadu_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_slli_epi32, _mm512_srli_epi32,
+    _mm512_ternarylogic_epi32, _mm512_xor_si512,
 };
 use std::marker::PhantomData;
 use std::sync::LazyLock;
 
+use super::avx512::first_lanes;
 use super::{Avx512, Simd};
 
-/// Rows of a tile, and 32-bit columns.
+/// Rows of a tile, and quads of a row: four bytes that are multiplied together.
 pub(crate) const TILE: usize = 16;
 
+/// Quads of a tile.
+pub(crate) const TILE_QUADS: usize = TILE * TILE;
+
 /// Bytes of a row of a tile.
-pub(crate) const TILE_ROW: usize = 64;
+const ROW_BYTES: usize = 4 * TILE;
 
-/// Bytes of a tile.
-pub(crate) const TILE_BYTES: usize = TILE * TILE_ROW;
-
-/// Columns that [`Amx::interleave`] packs at a time.
-pub(crate) const COLUMNS: usize = 2 * TILE;
-
-/// Sums of four tiles.
-pub(crate) type Sums = [[[i32; TILE]; TILE]; 4];
+/// Sums of two tiles of weights, `(pixels, outputs)`, for each of two tiles of pixels or each
+/// of two kinds of products.
+pub(crate) type Sums = [[[i32; 2 * TILE]; TILE]; 2];
 
 /// Token of AMX, beside AVX-512 with VBMI.
 #[derive(Clone, Copy, Debug)]
@@ -58,14 +56,6 @@ struct Configuration {
     row_bytes: [u16; 16],
     rows: [u8; 16],
 }
-
-static FULL_TILES: Configuration = Configuration {
-    palette: 1,
-    start_row: 0,
-    reserved: [0; 14],
-    row_bytes: [64, 64, 64, 64, 64, 64, 64, 64, 0, 0, 0, 0, 0, 0, 0, 0],
-    rows: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
-};
 
 /// Whether the CPU has AMX for bytes and the system lets this process use it. Linux wants
 /// to be asked, because the registers make a thread's saved state larger.
@@ -108,135 +98,119 @@ impl Amx {
         self.0
     }
 
-    /// Configure the tiles of this thread.
-    pub(crate) fn tiles(self) -> Tiles {
+    /// Configure the tiles of this thread: those of inputs and of sums have `pixels` rows,
+    /// at most [`TILE`].
+    pub(crate) fn tiles(self, pixels: usize) -> Tiles {
+        assert!((1..=TILE).contains(&pixels));
+        let mut configuration = Configuration {
+            palette: 1,
+            start_row: 0,
+            reserved: [0; 14],
+            row_bytes: [0; 16],
+            rows: [0; 16],
+        };
+        configuration.row_bytes[..8].fill(ROW_BYTES as u16);
+        configuration.rows[..6].fill(pixels as u8);
+        configuration.rows[6..8].fill(TILE as u8);
         // SAFETY: `self` proves AMX; the configuration is a valid one.
         unsafe {
             asm!(
                 "ldtilecfg [{}]",
-                in(reg) &raw const FULL_TILES,
+                in(reg) &raw const configuration,
                 options(nostack, readonly, preserves_flags)
             );
         }
         Tiles(PhantomData)
     }
 
-    /// Make bytes of `values`: `value * factor`, rounded, plus `zero`. All have to be from
-    /// -128 to 127.
-    pub(crate) fn bytes(self, values: &[f32], factor: f32, zero: i32, target: &mut [u8]) {
-        assert_eq!(values.len(), target.len());
-        // SAFETY: `self` proves AVX-512 F, BW and VL.
-        unsafe { bytes(values, factor, zero, target) }
+    /// Make a byte of each value of four rows: `value * factor + zero`, rounded. All have
+    /// to be from -128 to 127. Those of a column become a quad.
+    pub(crate) fn bytes(self, rows: [&[f32]; 4], factor: f32, zero: i32, target: &mut [u32]) {
+        assert!(rows.iter().all(|row| row.len() == target.len()));
+        // SAFETY: `self` proves AVX-512 F; the rows have the target's length.
+        unsafe { bytes(rows, factor, zero, target) }
     }
 
-    /// Make two digits of `values`: `value * factor`, rounded, is `256 * high + low`, both
-    /// of which are from -128 to 127. So it has to be at least -32,896 and at most 32,639.
-    pub(crate) fn digits(self, values: &[f32], factor: f32, targets: [&mut [u8]; 2]) {
-        assert!(targets.iter().all(|target| target.len() == values.len()));
-        // SAFETY: `self` proves AVX-512 F, BW and VL.
-        unsafe { digits(values, factor, targets) }
-    }
-
-    /// Pack [`COLUMNS`] columns of a matrix whose rows start at `starts`, 64 for each tile,
-    /// in tiles of 16 columns: the first half of them at the first target, the second at
-    /// the second, for each 64 rows another tile `stride` bytes on.
-    ///
-    /// # Safety
-    ///
-    /// Every row is valid for reads of [`COLUMNS`] bytes, and so is `stride` times
-    /// `starts.len() / 64`, less what follows the last tile, for writes at the targets.
-    pub(crate) unsafe fn interleave(
-        self,
-        source: *const u8,
-        starts: &[u32],
-        targets: [*mut u8; 2],
-        stride: usize,
-    ) {
-        // SAFETY: `self` proves AVX-512 BW and VBMI; the rest is the caller's promise.
-        unsafe { interleave(source, starts, targets, stride) }
+    /// As [`bytes`](Self::bytes), two digits of each value: `value * factor`, rounded, is
+    /// `256 * high + low`, both of which are from -128 to 127. So it has to be at least
+    /// -32,896 and at most 32,639.
+    pub(crate) fn digits(self, rows: [&[f32]; 4], factor: f32, [high, low]: [&mut [u32]; 2]) {
+        assert!(rows.iter().all(|row| row.len() == high.len()) && low.len() == high.len());
+        // SAFETY: `self` proves AVX-512 F; the rows have the targets' length.
+        unsafe { digits(rows, factor, [high, low]) }
     }
 }
 
-/// At most 16 numbers, as [`Amx::bytes`] and [`Amx::digits`] want them.
-#[target_feature(enable = "avx512f")]
-#[inline]
-fn rounded(values: &[f32], factor: f32) -> __m512i {
-    // SAFETY: no values are read but those that there are.
-    let values = unsafe { _mm512_maskz_loadu_ps(first(values.len()), values.as_ptr()) };
-    _mm512_cvtps_epi32(_mm512_mul_ps(values, _mm512_set1_ps(factor)))
-}
-
-/// Store the lowest byte of as many lanes as there is room for, at most 16.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-#[inline]
-fn store_bytes(vector: __m512i, target: &mut [u8]) {
-    let bytes = _mm512_cvtepi32_epi8(vector);
-    // SAFETY: nothing is written behind the target's end.
-    unsafe { _mm_mask_storeu_epi8(target.as_mut_ptr().cast(), first(target.len()), bytes) }
-}
-
-/// A mask of the first `n` lanes, at most 16.
-fn first(n: usize) -> __mmask16 {
-    ((1u32 << n) - 1) as __mmask16
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn bytes(values: &[f32], factor: f32, zero: i32, target: &mut [u8]) {
-    let zeros = _mm512_set1_epi32(zero);
-    for (values, target) in values.chunks(TILE).zip(target.chunks_mut(TILE)) {
-        store_bytes(_mm512_add_epi32(rounded(values, factor), zeros), target);
-    }
-}
+/// Added to a number this leaves no bits for a fraction: the lowest bits of the sum are the
+/// nearest integer.
+const ROUNDING: f32 = 12_582_912.0;
 
 /// With 128 added to both digits they are those of a number without signs.
 const RAISED: i32 = 0x8080;
 
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn digits(values: &[f32], factor: f32, [high, low]: [&mut [u8]; 2]) {
-    let raised = _mm512_set1_epi32(RAISED);
-    let targets = high.chunks_mut(TILE).zip(low.chunks_mut(TILE));
-    for (values, (high, low)) in values.chunks(TILE).zip(targets) {
-        let number = _mm512_add_epi32(rounded(values, factor), raised);
-        let number = _mm512_xor_si512(number, raised);
-        store_bytes(_mm512_srli_epi32::<8>(number), high);
-        store_bytes(number, low);
+/// `value * factor + zero` as integers, of which the lowest 16 bits count, of lanes `lanes`
+/// of the columns from `first` on.
+///
+/// # Safety
+///
+/// The rows have these columns.
+#[target_feature(enable = "avx512f")]
+unsafe fn rounded(
+    rows: [&[f32]; 4],
+    first: usize,
+    lanes: u16,
+    factor: f32,
+    zero: i32,
+) -> [__m512i; 4] {
+    let (factor, zero) = (
+        _mm512_set1_ps(factor),
+        _mm512_set1_ps(ROUNDING + zero as f32),
+    );
+    rows.map(|row| {
+        // SAFETY: other lanes are not read.
+        let values = unsafe { _mm512_maskz_loadu_ps(lanes, row.as_ptr().add(first)) };
+        _mm512_castps_si512(_mm512_fmadd_ps(values, factor, zero))
+    })
+}
+
+/// The lowest bytes of each lane, side by side.
+#[target_feature(enable = "avx512f")]
+fn join([a, b, c, d]: [__m512i; 4]) -> __m512i {
+    // Bits of the second number where those of the first one are set, else of the third.
+    const SELECT: i32 = 0xCA;
+    let (byte, half) = (_mm512_set1_epi32(0xFF), _mm512_set1_epi32(0xFFFF));
+    let ab = _mm512_ternarylogic_epi32::<SELECT>(byte, a, _mm512_slli_epi32::<8>(b));
+    let cd = _mm512_ternarylogic_epi32::<SELECT>(byte, c, _mm512_slli_epi32::<8>(d));
+    _mm512_ternarylogic_epi32::<SELECT>(half, ab, _mm512_slli_epi32::<16>(cd))
+}
+
+/// See [`Amx::bytes`].
+#[target_feature(enable = "avx512f")]
+unsafe fn bytes(rows: [&[f32]; 4], factor: f32, zero: i32, target: &mut [u32]) {
+    for (i, target) in target.chunks_mut(TILE).enumerate() {
+        let lanes = first_lanes(target.len());
+        // SAFETY: the rows are as long as the target.
+        unsafe {
+            let quads = join(rounded(rows, i * TILE, lanes, factor, zero));
+            _mm512_mask_storeu_epi32(target.as_mut_ptr().cast(), lanes, quads);
+        }
     }
 }
 
-/// For each byte of two tiles' rows of 16 columns the one of two pairs of rows, each of 32
-/// bytes, that it comes from.
-static INTERLEAVED: [[u8; TILE_ROW]; 2] = {
-    let mut bytes = [[0; TILE_ROW]; 2];
-    let mut column = 0;
-    while column < COLUMNS {
-        let mut row = 0;
-        while row < 4 {
-            bytes[column / TILE][column % TILE * 4 + row] = (row * COLUMNS + column) as u8;
-            row += 1;
-        }
-        column += 1;
-    }
-    bytes
-};
-
-/// See [`Amx::interleave`].
-#[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
-unsafe fn interleave(source: *const u8, starts: &[u32], targets: [*mut u8; 2], stride: usize) {
-    // SAFETY: the orders have 64 bytes; the rest is the caller's promise.
-    unsafe {
-        let orders = INTERLEAVED.map(|order| _mm512_loadu_si512(order.as_ptr().cast()));
-        let row = |start: u32| _mm256_loadu_si256(source.add(start as usize).cast());
-        for (i, tile) in starts.as_chunks::<TILE_ROW>().0.iter().enumerate() {
-            for (j, rows) in tile.as_chunks::<4>().0.iter().enumerate() {
-                let [a, b, c, d] = *rows;
-                let ab = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(row(a)), row(b));
-                let cd = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(row(c)), row(d));
-                for (target, order) in targets.iter().zip(orders) {
-                    let packed = _mm512_permutex2var_epi8(ab, order, cd);
-                    let target = target.add(i * stride + j * TILE_ROW);
-                    _mm512_storeu_si512(target.cast(), packed);
-                }
-            }
+/// See [`Amx::digits`].
+#[target_feature(enable = "avx512f")]
+unsafe fn digits(rows: [&[f32]; 4], factor: f32, [high, low]: [&mut [u32]; 2]) {
+    let raised = _mm512_set1_epi32(RAISED);
+    let targets = high.chunks_mut(TILE).zip(low.chunks_mut(TILE));
+    for (i, (high, low)) in targets.enumerate() {
+        let lanes = first_lanes(low.len());
+        // SAFETY: the rows are as long as the targets.
+        unsafe {
+            let numbers = rounded(rows, i * TILE, lanes, factor, RAISED);
+            let lows = numbers.map(|number| _mm512_xor_si512(number, raised));
+            let highs = lows.map(|number| _mm512_srli_epi32::<8>(number));
+            _mm512_mask_storeu_epi32(low.as_mut_ptr().cast(), lanes, join(lows));
+            _mm512_mask_storeu_epi32(high.as_mut_ptr().cast(), lanes, join(highs));
         }
     }
 }
@@ -248,70 +222,84 @@ impl Drop for Tiles {
     }
 }
 
+/// Where inputs of a product are.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pixels<'a> {
+    /// With one digit the pixels of two tiles, with two digits the high and the low ones of
+    /// the same pixels.
+    pub sources: [*const u32; 2],
+    /// Quads from the first pixel to the first of the 16 quads of each block.
+    pub starts: &'a [u32],
+    /// Quads from a pixel to the next one.
+    pub stride: usize,
+}
+
 impl Tiles {
-    /// Products of tiles of weights with tiles of columns, summed over `n` blocks of 64 rows
-    /// of the matrices.
+    /// Products of tiles of pixels with tiles of weights, summed over all blocks.
     ///
-    /// With one digit there are two tiles of each: sums are (weights 0, columns 0), (0, 1),
-    /// (1, 0), (1, 1). With two digits there are two tiles of weights, each of all digits,
-    /// the high ones first, and one of columns, likewise: for each tile of weights, sums of
-    /// products of high digits, then those of a high and a low one.
+    /// With one digit there are two tiles of each; the sums are those of either tile of
+    /// pixels. With two digits there are two tiles of weights, each of all digits, the high
+    /// ones first, and one of pixels, likewise; the sums are those of products of high
+    /// digits, then of a high and a low one.
     ///
     /// # Safety
     ///
-    /// `weights` is valid for reads of `n` times `2 * DIGITS` tiles, `columns` of `n` times
-    /// two.
+    /// `weights` is valid for reads of `2 * DIGITS` tiles for each block, and so are the 16
+    /// quads of all blocks for all pixels that the tiles are configured for.
     pub(crate) unsafe fn multiply<const DIGITS: usize>(
         &self,
-        mut weights: *const i8,
-        mut columns: *const u8,
-        n: usize,
+        pixels: Pixels<'_>,
+        mut weights: *const u32,
         sums: &mut Sums,
     ) {
         const { assert!(DIGITS == 1 || DIGITS == 2) };
         self.clear();
         // Loads are between multiplications: both go on at the same time.
-        for _ in 0..n {
+        for start in pixels.starts {
             // SAFETY: `self` proves AMX with tiles that are configured; the caller vouches
             // for what is read.
             unsafe {
+                let [first, second] = pixels.sources.map(|source| source.add(*start as usize));
                 if DIGITS == 1 {
                     asm!(
-                        "tileloadd tmm6, [{columns} + {row}*1]",
-                        "tileloadd tmm4, [{weights} + {row}*1]",
+                        "tileloadd tmm6, [{weights} + {row}*1]",
+                        "tileloadd tmm4, [{first} + {stride}*4]",
                         "tdpbssd tmm0, tmm4, tmm6",
-                        "tileloadd tmm5, [{weights} + {row}*1 + 1024]",
+                        "tileloadd tmm5, [{second} + {stride}*4]",
                         "tdpbssd tmm2, tmm5, tmm6",
-                        "tileloadd tmm7, [{columns} + {row}*1 + 1024]",
+                        "tileloadd tmm7, [{weights} + {row}*1 + 1024]",
                         "tdpbssd tmm1, tmm4, tmm7",
                         "tdpbssd tmm3, tmm5, tmm7",
                         weights = in(reg) weights,
-                        columns = in(reg) columns,
-                        row = in(reg) TILE_ROW,
+                        first = in(reg) first,
+                        second = in(reg) second,
+                        stride = in(reg) pixels.stride,
+                        row = in(reg) ROW_BYTES,
                         options(nostack, readonly, preserves_flags)
                     );
                 } else {
                     asm!(
-                        "tileloadd tmm6, [{columns} + {row}*1]",
-                        "tileloadd tmm4, [{weights} + {row}*1]",
+                        "tileloadd tmm6, [{weights} + {row}*1]",
+                        "tileloadd tmm4, [{first} + {stride}*4]",
                         "tdpbssd tmm0, tmm4, tmm6",
-                        "tileloadd tmm7, [{columns} + {row}*1 + 1024]",
-                        "tdpbssd tmm1, tmm4, tmm7",
-                        "tileloadd tmm5, [{weights} + {row}*1 + 1024]",
-                        "tileloadd tmm4, [{weights} + {row}*1 + 2048]",
-                        "tdpbssd tmm2, tmm4, tmm6",
-                        "tdpbssd tmm1, tmm5, tmm6",
-                        "tileloadd tmm5, [{weights} + {row}*1 + 3072]",
-                        "tdpbssd tmm3, tmm4, tmm7",
+                        "tileloadd tmm5, [{second} + {stride}*4]",
+                        "tdpbssd tmm2, tmm5, tmm6",
+                        "tileloadd tmm7, [{weights} + {row}*1 + 1024]",
+                        "tileloadd tmm6, [{weights} + {row}*1 + 2048]",
+                        "tdpbssd tmm1, tmm4, tmm6",
+                        "tdpbssd tmm2, tmm4, tmm7",
+                        "tileloadd tmm7, [{weights} + {row}*1 + 3072]",
                         "tdpbssd tmm3, tmm5, tmm6",
+                        "tdpbssd tmm3, tmm4, tmm7",
                         weights = in(reg) weights,
-                        columns = in(reg) columns,
-                        row = in(reg) TILE_ROW,
+                        first = in(reg) first,
+                        second = in(reg) second,
+                        stride = in(reg) pixels.stride,
+                        row = in(reg) ROW_BYTES,
                         options(nostack, readonly, preserves_flags)
                     );
                 }
-                weights = weights.add(2 * DIGITS * TILE_BYTES);
-                columns = columns.add(2 * TILE_BYTES);
+                weights = weights.add(2 * DIGITS * TILE_QUADS);
             }
         }
         self.store(sums);
@@ -333,15 +321,16 @@ impl Tiles {
 
     #[inline(always)]
     fn store(&self, sums: &mut Sums) {
-        // SAFETY: as above; the sums are four tiles.
+        // SAFETY: `self` proves AMX with tiles that are configured, of at most 16 rows; the
+        // sums are four of them, two in each row of 128 bytes.
         unsafe {
             asm!(
-                "tilestored [{sums} + {row}*1], tmm0",
-                "tilestored [{sums} + {row}*1 + 1024], tmm1",
-                "tilestored [{sums} + {row}*1 + 2048], tmm2",
-                "tilestored [{sums} + {row}*1 + 3072], tmm3",
+                "tilestored [{sums} + {row}*2], tmm0",
+                "tilestored [{sums} + {row}*2 + 64], tmm1",
+                "tilestored [{sums} + {row}*2 + 2048], tmm2",
+                "tilestored [{sums} + {row}*2 + 2112], tmm3",
                 sums = in(reg) sums,
-                row = in(reg) TILE_ROW,
+                row = in(reg) ROW_BYTES,
                 options(nostack, preserves_flags)
             );
         }
@@ -353,15 +342,29 @@ mod tests {
     use super::*;
 
     /// Numbers that look random, of all bits.
-    fn bytes(n: usize, seed: u64) -> Vec<u8> {
+    fn quads(n: usize, seed: u64) -> Vec<u32> {
         let mut state = seed;
         let mut next = || {
             state = state
                 .wrapping_mul(6_364_136_223_846_793_005)
                 .wrapping_add(1_442_695_040_888_963_407);
-            (state >> 56) as u8
+            (state >> 32) as u32
         };
         (0..n).map(|_| next()).collect()
+    }
+
+    /// Four rows whose values differ, the first of which is `row`.
+    fn rows(row: &[f32]) -> [Vec<f32>; 4] {
+        std::array::from_fn(|i| {
+            let mut row = row.to_vec();
+            let distance = i * row.len() / 4;
+            row.rotate_left(distance);
+            row
+        })
+    }
+
+    fn byte(quad: u32, i: usize) -> i32 {
+        i32::from(quad.to_le_bytes()[i].cast_signed())
     }
 
     #[test]
@@ -371,75 +374,86 @@ mod tests {
         let numbers: Vec<i32> = (-32_896..=32_639).collect();
         for numbers in [&numbers[..], &numbers[65_000..65_535], &numbers[..15], &[]] {
             let values: Vec<f32> = numbers.iter().map(|x| *x as f32 * 0.5).collect();
+            let rows = rows(&values);
             let mut high = vec![0; numbers.len()];
             let mut low = vec![0; numbers.len()];
-            amx.digits(&values, 2.0, [&mut high, &mut low]);
-            for ((number, high), low) in numbers.iter().zip(&high).zip(&low) {
-                let digits = [high, low].map(|digit| i32::from(digit.cast_signed()));
-                assert_eq!(256 * digits[0] + digits[1], *number);
+            amx.digits(
+                rows.each_ref().map(|row| &**row),
+                2.0,
+                [&mut high, &mut low],
+            );
+            for (i, (high, low)) in high.iter().zip(&low).enumerate() {
+                for (row, values) in rows.iter().enumerate() {
+                    let number = 256 * byte(*high, row) + byte(*low, row);
+                    assert_eq!(number as f32, values[i] * 2.0);
+                }
             }
-        }
-        for n in [0, 1, 16, 250] {
-            let values: Vec<f32> = (0..n).map(|x| x as f32 * 0.5).collect();
-            let mut got = vec![0; n];
-            amx.bytes(&values, 2.0, -128, &mut got);
-            let expected: Vec<u8> = (0..n).map(|x| (x as u8).wrapping_sub(128)).collect();
-            assert_eq!(got, expected);
         }
     }
 
-    /// Tiles of four products, the two of weights and of columns in each block.
+    #[test]
+    fn numbers_of_one_digit() {
+        let Some(amx) = Amx::new() else { return };
+        for n in [0, 1, 16, 250] {
+            // Halves are rounded to the even one of their neighbours.
+            let values: Vec<f32> = (0..n).map(|x| x as f32 * 0.25).collect();
+            let rows = rows(&values);
+            let mut got = vec![0; n];
+            amx.bytes(rows.each_ref().map(|row| &**row), 2.0, -128, &mut got);
+            for (i, quad) in got.iter().enumerate() {
+                for (row, values) in rows.iter().enumerate() {
+                    let expected = (values[i] * 2.0 - 128.0).round_ties_even();
+                    assert_eq!(byte(*quad, row) as f32, expected);
+                }
+            }
+        }
+    }
+
+    /// Sums of all tiles, of all their pixels and of some.
     #[test]
     fn sums_of_products() {
         let Some(amx) = Amx::new() else { return };
-        let tiles = amx.tiles();
-        for n in [0, 1, 3] {
-            // A row of the matrix behind the other, in an order that is not theirs.
-            let matrix = bytes(n * TILE_ROW * COLUMNS + 7, 1);
-            let rows = n * TILE_ROW;
-            let start = |k: usize| 7 + (k * 5 + 3) % rows * COLUMNS;
-            let starts: Vec<u32> = (0..rows).map(|k| start(k) as u32).collect();
-            let mut columns = vec![0u8; n * 2 * TILE_BYTES];
-            let target = columns.as_mut_ptr();
-            // SAFETY: rows and targets have the columns that are packed.
-            unsafe {
-                let targets = [target, target.wrapping_add(TILE_BYTES)];
-                amx.interleave(matrix.as_ptr(), &starts, targets, 2 * TILE_BYTES);
-            }
-            let weights: Vec<i8> = bytes(n * 4 * TILE_BYTES, 2)
-                .into_iter()
-                .map(u8::cast_signed)
-                .collect();
-            let product = |weight: usize, tiles: usize, column: usize, i: usize, j: usize| {
-                (0..rows)
-                    .map(|k| {
-                        let tile = (k / TILE_ROW * tiles + weight) * TILE_BYTES;
-                        let weight = weights[tile + i * TILE_ROW + k % TILE_ROW];
-                        let input = matrix[start(k) + column * TILE + j].cast_signed();
-                        i32::from(weight) * i32::from(input)
-                    })
-                    .sum::<i32>()
+        let stride = 37;
+        for (n, pixels) in [(0, 16), (1, 16), (3, 16), (2, 13), (1, 1)] {
+            let tiles = amx.tiles(pixels);
+            // Blocks in an order that is not theirs, with rows that are not aligned.
+            let starts: Vec<u32> = (0..n).map(|block| 5 + (2 * block + 1) % 3 * 600).collect();
+            let images = [quads(2000, 1), quads(2000, 2)];
+            let weights = quads(n as usize * 4 * TILE_QUADS, 3);
+            // Of one tile of pixels and one of the `tiles` ones of weights.
+            let product = |image: usize, tiles: usize, tile: usize, pixel: usize, output: usize| {
+                let blocks = starts.iter().enumerate();
+                let quads = blocks.flat_map(|(block, start)| {
+                    let inputs = &images[image][*start as usize + pixel * stride..][..TILE];
+                    let weights = &weights[(block * tiles + tile) * TILE_QUADS..][..TILE_QUADS];
+                    inputs.iter().zip(weights[output..].iter().step_by(TILE))
+                });
+                let products = quads.flat_map(|(inputs, weights)| {
+                    (0..4).map(|i| byte(*inputs, i) * byte(*weights, i))
+                });
+                products.sum::<i32>()
             };
-            let mut sums = [[[12_345; TILE]; TILE]; 4];
+            let mut sums: Sums = [[[12_345; 2 * TILE]; TILE]; 2];
             let mut of_digits = sums;
-            // SAFETY: there are as many tiles of each.
+            let inputs = Pixels {
+                sources: images.each_ref().map(|image| image.as_ptr()),
+                starts: &starts,
+                stride,
+            };
+            // SAFETY: there are as many tiles of weights and pixels with as many quads.
             unsafe {
-                let (weights, columns) = (weights.as_ptr(), columns.as_ptr());
-                tiles.multiply::<1>(weights, columns, n, &mut sums);
-                tiles.multiply::<2>(weights, columns, n, &mut of_digits);
+                tiles.multiply::<1>(inputs, weights.as_ptr(), &mut sums);
+                tiles.multiply::<2>(inputs, weights.as_ptr(), &mut of_digits);
             }
-            for (i, j) in (0..TILE).flat_map(|i| (0..TILE).map(move |j| (i, j))) {
-                for (tile, sums) in sums.iter().enumerate() {
-                    let expected = product(tile / 2, 2, tile % 2, i, j);
-                    assert_eq!(sums[i][j], expected, "{n} {tile} {i} {j}");
-                }
-                for tile in 0..2 {
-                    // Here the columns are the digits, the high one first.
-                    let of = |weight, column| product(2 * tile + weight, 4, column, i, j);
-                    let expected = [of(0, 0), of(0, 1) + of(1, 0)];
-                    let got = [0, 1].map(|digit| of_digits[2 * tile + digit][i][j]);
-                    assert_eq!(got, expected, "{n} {tile} {i} {j}");
-                }
+            for (pixel, i) in (0..pixels).flat_map(|pixel| (0..2 * TILE).map(move |i| (pixel, i))) {
+                let (tile, output) = (i / TILE, i % TILE);
+                let of = |image| product(image, 2, tile, pixel, output);
+                let got = [0, 1].map(|image: usize| sums[image][pixel][i]);
+                assert_eq!(got, [of(0), of(1)], "{n} {pixel} {i}");
+                // Here the images are the digits, the high one first.
+                let of = |image, digit| product(image, 4, 2 * tile + digit, pixel, output);
+                let got = [0, 1].map(|kind: usize| of_digits[kind][pixel][i]);
+                assert_eq!(got, [of(0, 0), of(1, 0) + of(0, 1)], "{n} {pixel} {i}");
             }
         }
     }

@@ -656,7 +656,7 @@ const ODD_LANES: u32 = 0xaaaa_aaaa;
 const INTERLEAVED: [i32; 16] = [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23];
 /// A mask of the first `n` lanes.
 #[inline(always)]
-fn first_lanes(n: usize) -> __mmask16 {
+pub(super) fn first_lanes(n: usize) -> __mmask16 {
     ((1u32 << n) - 1) as __mmask16
 }
 

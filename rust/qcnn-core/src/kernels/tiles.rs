@@ -1,9 +1,18 @@
 //! Convolution with decoded weights on AMX: a product of matrices of bytes.
 //!
-//! It is the product of [`gemm`](super::gemm), of the weights and the im2col matrix, in
-//! tiles: a multiplication makes 16,384 products of bytes in 16 cycles, where VNNI makes
-//! 2,048. With 8 bits that is more than look-ups save; with 16 it often is. Weights are
-//! decoded then, which takes more memory, not more of a file.
+//! Weights are decoded, which takes more memory, not more of a file. A multiplication of
+//! tiles makes 16,384 products of bytes in 16 cycles, where VNNI makes 2,048: with 8 bits
+//! that is more than look-ups save; with 16 it often is.
+//!
+//! # Tiles of pixels
+//!
+//! Inputs become an image of bytes in which the channels of a pixel lie side by side. What
+//! an output reads of it are *runs*: for each tap the channels of a pixel, or, if these are
+//! no whole rows of a tile, for each row of the kernel those of all its pixels. So a block
+//! of a run, 64 bytes for each of up to 16 outputs that are neighbours in a row of the map,
+//! is a tile as it lies in the image: there is no im2col matrix. All blocks of an output
+//! together are multiplied with a panel of weights, which has 32 outputs. A multiplication
+//! takes a cycle for each pixel, so the pixels of a row are split evenly.
 //!
 //! # Digits
 //!
@@ -22,21 +31,23 @@
 //! # Why nothing overflows
 //!
 //! A product of bytes with signs is at most 2^14. A sum has one of them for each of
-//! [`MAX_DEPTH`] rows of the matrix, or two: at most 2^30. What is taken away is at most
-//! 2^14 for each row, too.
+//! [`MAX_DEPTH`] weights of an output, or two: at most 2^30. Other weights of a tile are 0.
+//! What is taken away is at most 2^14 for each weight, too.
 
 use std::ops::Range;
 
 use super::gemm::{Extremes, Rounding, Scale, depth, peak};
-use super::planes::Planes;
 use super::{Candidate, ConvLayer, Kernel, Weights};
 use crate::geometry::ConvGeometry;
-use crate::isa::amx::{Amx, COLUMNS, Sums, TILE, TILE_BYTES, TILE_ROW, Tiles};
+use crate::isa::amx::{Amx, Pixels, Sums, TILE, TILE_QUADS, Tiles};
 use crate::isa::{Simd, Task};
 use crate::memory::Buffer;
 
 /// Products per output.
 const MAX_DEPTH: usize = 1 << 15;
+
+/// Channels of a quad: bytes that are multiplied together.
+const QUAD: usize = 4;
 
 /// Outputs of a panel of weights: two tiles.
 const OUTPUTS: usize = 2 * TILE;
@@ -44,37 +55,131 @@ const OUTPUTS: usize = 2 * TILE;
 /// Greatest integer of two digits.
 const GREATEST: f32 = 32_639.0;
 
-/// Bytes of the columns packed at a time, roughly: half of a 2 MiB L2 cache, which no CPU
-/// with AMX has less of.
-const PACKED_BYTES: usize = 1 << 20;
+/// Quads of the image that all panels of weights are multiplied with before the next ones,
+/// roughly: half of a 2 MiB L2 cache, which no CPU with AMX has less of.
+const BLOCK_QUADS: usize = (1 << 20) / QUAD;
 
-/// Panels of columns whose responses are written together: so many columns of an output lie
-/// side by side, and their sums are still in L1.
-const WRITTEN_TOGETHER: usize = 8;
+/// Products whose responses are written together, while their sums are in L1.
+const WRITTEN_TOGETHER: usize = 4;
+
+/// Pixels of an input that become bytes at a time, roughly.
+const STRIP: usize = 256;
 
 /// See the module's documentation. `DIGITS` is 1 for 8 bits, 2 for 16.
 #[derive(Debug)]
 pub(crate) struct TilesConv<const DIGITS: usize> {
     amx: Amx,
     geometry: ConvGeometry,
-    planes: Planes,
-    /// Where each row of the im2col matrix starts in the planes of a group; the last
-    /// block is filled up.
+    image: Image,
+    /// Where in the image the rows of each block start, from an output's first pixel on.
     starts: Vec<u32>,
     rounding: Rounding,
-    /// For each group, panel of outputs and block of 64 rows two tiles, each of all digits,
-    /// the high ones first: `(outputs, rows)`.
-    weights: Buffer<i8>,
-    /// The sum of each output's integers, with one digit.
-    sums: Vec<i32>,
-    /// What 1 stands for in the weights of each output.
-    units: Vec<f32>,
-    bias: Vec<f32>,
+    /// For each group, panel of outputs and block two tiles, each of all digits, the high
+    /// ones first: `(rows, outputs)`.
+    weights: Buffer<u32>,
+    /// For each panel of each group.
+    panels: Vec<Panel>,
+}
+
+/// What makes responses of the sums of a panel of outputs.
+#[derive(Clone, Copy, Debug)]
+struct Panel {
+    /// With one digit, what the zero adds to the sums if it is 1.
+    zeros: [f32; OUTPUTS],
+    /// What 1 stands for in the weights.
+    units: [f32; OUTPUTS],
+    bias: [f32; OUTPUTS],
+}
+
+/// The bytes of the channels of a group, `(rows, columns, quads)`, padding included, and
+/// how outputs read it.
+#[derive(Clone, Copy, Debug)]
+struct Image {
+    /// Quads of a pixel.
+    quads: usize,
+    /// From a pixel to the next one. In whole rows of tiles it is an odd number of them, so
+    /// that those of 16 pixels do not compete for the same places in L1.
+    pixel: usize,
+    /// From a row to the next one.
+    row: usize,
+    /// Taps of a run: one, or those of a row of the kernel.
+    run_taps: usize,
+    /// Tiles of a row of the map, and pixels of each; the last one may have less.
+    tiles: usize,
+    tile_pixels: usize,
+}
+
+impl Image {
+    fn new(g: &ConvGeometry) -> Self {
+        let quads = g.group_in_channels().div_ceil(QUAD);
+        let whole = quads.is_multiple_of(TILE);
+        let pixel = if whole {
+            (quads / TILE | 1) * TILE
+        } else {
+            quads
+        };
+        let tiles = g.out_size[1].div_ceil(TILE);
+        Self {
+            quads,
+            pixel,
+            row: g.padded_size()[1] * pixel,
+            run_taps: if whole || g.dilation[1] > 1 {
+                1
+            } else {
+                g.kernel[1]
+            },
+            tiles,
+            tile_pixels: g.out_size[1].div_ceil(tiles),
+        }
+    }
+
+    /// Blocks of a run.
+    fn run_blocks(&self) -> usize {
+        (self.run_taps * self.quads).div_ceil(TILE)
+    }
+
+    /// Blocks of an output.
+    fn blocks(&self, g: &ConvGeometry) -> usize {
+        g.taps() / self.run_taps * self.run_blocks()
+    }
+
+    /// Number of a quad of a tap among the rows of all blocks.
+    fn weights_row(&self, tap: usize, quad: usize) -> usize {
+        let (run, row) = (tap / self.run_taps, tap % self.run_taps * self.quads + quad);
+        (run * self.run_blocks() + row / TILE) * TILE + row % TILE
+    }
+
+    /// Where the rows of each block start, from an output's first pixel on.
+    fn starts(&self, g: &ConvGeometry) -> impl Iterator<Item = usize> {
+        let [dy, dx] = g.dilation;
+        (0..g.taps()).step_by(self.run_taps).flat_map(move |tap| {
+            (0..self.run_blocks()).map(move |block| {
+                let [y, x] = [tap / g.kernel[1], tap % g.kernel[1]];
+                y * dy * self.row + x * dx * self.pixel + block * TILE
+            })
+        })
+    }
+
+    /// Where the first pixel of a tile is.
+    fn tile(&self, g: &ConvGeometry, tile: usize) -> usize {
+        let [y, x] = [tile / self.tiles, tile % self.tiles * self.tile_pixels];
+        y * g.stride[0] * self.row + x * g.stride[1] * self.pixel
+    }
+
+    /// Quads of all pixels, and what else is read behind the last one: pixels of a tile
+    /// behind those of the map, quads of a block behind those of a run.
+    fn len(&self, g: &ConvGeometry) -> usize {
+        let last = self.tile(g, self.tiles * g.out_size[0] - 1);
+        let last = last + (self.tile_pixels - 1) * g.stride[1] * self.pixel;
+        let read = last + self.starts(g).max().unwrap_or(0) + TILE;
+        read.max(g.padded_size()[0] * self.row)
+            .next_multiple_of(TILE)
+    }
 }
 
 impl<const DIGITS: usize> TilesConv<DIGITS> {
-    /// Columns of a panel: with two digits there is one tile of each.
-    const PANEL: usize = COLUMNS / DIGITS;
+    /// Tiles of pixels of a product: with two digits there is one of each.
+    const TOGETHER: usize = 2 / DIGITS;
 
     pub(crate) fn candidate<'a>(amx: Amx, layer: &'a ConvLayer<'a>) -> Option<Candidate<'a>> {
         // What is dense already is to be exact.
@@ -82,119 +187,130 @@ impl<const DIGITS: usize> TilesConv<DIGITS> {
             return None;
         }
         let g = layer.geometry;
-        let planes = Planes::new(g, g.out_size);
-        // Rows of the matrix are addressed with 32 bits.
-        let planes_len = planes.len().checked_mul(g.group_in_channels())?;
-        if depth(g) > MAX_DEPTH || u32::try_from(planes_len).is_err() {
+        let image = Image::new(g);
+        // Quads are addressed with 32 bits, some behind the image included.
+        let pixels = g.padded_size().iter().product::<usize>();
+        if depth(g) > MAX_DEPTH || pixels.checked_mul(image.pixel)? > u32::MAX as usize / 2 {
             return None;
         }
-        let blocks = depth(g).div_ceil(TILE_ROW) as f64;
-        let panels = g.group_out_channels().div_ceil(OUTPUTS) as f64;
-        let columns = planes.positions(g.out_size).next_multiple_of(COLUMNS) as f64;
-        // Multiplying a block, with loads from L2; packing it; each input and each output.
-        let multiply = if DIGITS == 1 { 4.0 * 37.0 } else { 6.0 * 34.0 };
-        let pack = 6.0 * DIGITS as f64;
-        let cycles = columns * blocks * (panels * multiply / Self::PANEL as f64 + pack)
-            + 1.5 * (planes_len + g.group_out_channels() * g.out_pixels()) as f64;
+        let products = (image.tiles * g.out_size[0]).div_ceil(Self::TOGETHER);
+        let panels = g.group_out_channels().div_ceil(OUTPUTS);
+        // For a block of a product: multiplications, or loads. Then each input and output.
+        let block = match DIGITS {
+            1 => 4.4 * image.tile_pixels.max(14) as f64,
+            _ => 6.6 * image.tile_pixels.max(10) as f64,
+        };
+        let values = pixels * g.group_in_channels() + g.group_out_channels() * g.out_pixels();
+        let cycles = (products * panels * image.blocks(g)) as f64 * block + values as f64;
         let cycles = g.groups as f64 * cycles;
         Some(Candidate::new(cycles, move || Self::new(amx, layer)))
     }
 
     fn new(amx: Amx, layer: &ConvLayer<'_>) -> Self {
         let geometry = layer.geometry.clone();
-        let planes = Planes::new(&geometry, geometry.out_size);
-        let depth = depth(&geometry);
-        let channels = 0..geometry.group_in_channels();
-        let mut starts: Vec<u32> = channels
-            .flat_map(|channel| {
-                let first = channel * planes.len();
-                planes.taps().iter().map(move |tap| (first + tap) as u32)
-            })
-            .collect();
-        starts.resize(depth.next_multiple_of(TILE_ROW), 0);
-        let blocks = starts.len() / TILE_ROW;
-
-        let outputs = geometry.group_out_channels();
-        let panels = outputs.div_ceil(OUTPUTS);
-        let dense = layer.dense_weights();
-        let greatest = if DIGITS == 1 { 127.0 } else { GREATEST };
-        let mut weights =
-            Buffer::zeroed(geometry.groups * panels * blocks * 2 * DIGITS * TILE_BYTES);
-        let mut units = Vec::with_capacity(geometry.out_channels);
-        let mut sums = Vec::with_capacity(geometry.out_channels);
-        let mut bytes = [vec![0u8; depth], vec![0u8; depth]];
-        for (o, dense) in dense.chunks_exact(depth).enumerate() {
-            let scale = greatest / peak(dense);
-            // Without any weights.
-            let scale = if scale.is_finite() { scale } else { 1.0 };
-            let [high, low] = &mut bytes;
-            if DIGITS == 1 {
-                amx.bytes(dense, scale, 0, high);
-            } else {
-                amx.digits(dense, scale, [high, low]);
-            }
-            units.push(1.0 / scale);
-            sums.push(high.iter().map(|byte| i32::from(byte.cast_signed())).sum());
-            let (group, o) = (o / outputs, o % outputs);
-            let panel = group * panels + o / OUTPUTS;
-            let (tile, row) = (o % OUTPUTS / TILE, o % TILE);
-            for (digit, bytes) in bytes.iter().take(DIGITS).enumerate() {
-                for (block, bytes) in bytes.chunks(TILE_ROW).enumerate() {
-                    let tile = ((panel * blocks + block) * 2 + tile) * DIGITS + digit;
-                    let target = &mut weights[tile * TILE_BYTES + row * TILE_ROW..];
-                    target[..bytes.len()].copy_from_slice(bytemuck::cast_slice(bytes));
-                }
-            }
-        }
-        Self {
+        let image = Image::new(&geometry);
+        let mut kernel = Self {
             amx,
-            starts,
-            planes,
+            image,
+            starts: image.starts(&geometry).map(|start| start as u32).collect(),
             rounding: if DIGITS == 1 {
                 Rounding::Range
             } else {
                 Rounding::Peak(GREATEST)
             },
-            weights,
-            sums,
-            units,
-            bias: layer.bias_or_zeros(),
+            weights: Buffer::default(),
+            panels: Vec::new(),
             geometry,
+        };
+        kernel.pack(&layer.dense_weights(), &layer.bias_or_zeros());
+        kernel
+    }
+
+    fn pack(&mut self, dense: &[f32], bias: &[f32]) {
+        let g = &self.geometry;
+        let (taps, blocks) = (g.taps(), self.starts.len());
+        let panels = g.groups * self.group_panels();
+        self.weights = Buffer::zeroed(panels * blocks * 2 * DIGITS * TILE_QUADS);
+        self.panels = vec![
+            Panel {
+                zeros: [0.0; OUTPUTS],
+                units: [0.0; OUTPUTS],
+                bias: [0.0; OUTPUTS],
+            };
+            panels
+        ];
+        let greatest = if DIGITS == 1 { 127.0 } else { GREATEST };
+        let absent = vec![0.0; taps];
+        let mut digits = [vec![0u32; taps], vec![0u32; taps]];
+        for (o, (dense, bias)) in dense.chunks_exact(depth(g)).zip(bias).enumerate() {
+            let scale = greatest / peak(dense);
+            // Without any weights.
+            let scale = if scale.is_finite() { scale } else { 1.0 };
+            let (group, o) = (o / g.group_out_channels(), o % g.group_out_channels());
+            let panel = group * self.group_panels() + o / OUTPUTS;
+            let (tile, output) = (o % OUTPUTS / TILE, o % TILE);
+            let mut sum = 0;
+            for (quad, dense) in dense.chunks(QUAD * taps).enumerate() {
+                let mut channels = dense.chunks_exact(taps);
+                let channels = [(); QUAD].map(|()| channels.next().unwrap_or(&absent));
+                let [high, low] = &mut digits;
+                self.round(channels, scale, 0, [high, low]);
+                for (digit, weights) in digits.iter().take(DIGITS).enumerate() {
+                    for (tap, weights) in weights.iter().enumerate() {
+                        let row = self.image.weights_row(tap, quad);
+                        let tile = (panel * blocks + row / TILE) * 2 + tile;
+                        let tile = tile * DIGITS + digit;
+                        self.weights[(tile * TILE + row % TILE) * TILE + output] = *weights;
+                        let weights = weights.to_le_bytes().map(u8::cast_signed);
+                        sum += weights.into_iter().map(i32::from).sum::<i32>();
+                    }
+                }
+            }
+            let panel = &mut self.panels[panel];
+            let o = o % OUTPUTS;
+            panel.zeros[o] = if DIGITS == 1 { sum as f32 } else { 0.0 };
+            panel.units[o] = 1.0 / scale;
+            panel.bias[o] = *bias;
         }
     }
 
-    /// Blocks of 64 rows of the matrices.
-    fn blocks(&self) -> usize {
-        self.starts.len() / TILE_ROW
+    /// Panels of the outputs of a group.
+    fn group_panels(&self) -> usize {
+        self.geometry.group_out_channels().div_ceil(OUTPUTS)
     }
 
-    /// Bytes of all planes of a group with one digit; some columns more may be read.
-    fn planes_len(&self) -> usize {
-        (self.geometry.group_in_channels() * self.planes.len() + COLUMNS).next_multiple_of(TILE_ROW)
+    /// Make integers of four rows of values, in quads, for each digit.
+    fn round(&self, rows: [&[f32]; QUAD], factor: f32, zero: i32, [high, low]: [&mut [u32]; 2]) {
+        if DIGITS == 1 {
+            self.amx.bytes(rows, factor, zero, high);
+        } else {
+            self.amx.digits(rows, factor, [high, low]);
+        }
     }
 
-    /// Columns of the im2col matrix.
-    fn columns(&self) -> usize {
-        self.planes.positions(self.geometry.out_size)
+    /// Rows of the map that are multiplied with all weights before the next ones.
+    fn block_rows(&self) -> usize {
+        let row = DIGITS * self.geometry.stride[0] * self.image.row;
+        (BLOCK_QUADS / row).clamp(1, self.geometry.out_size[0])
     }
 
-    /// Columns packed at a time.
-    fn block_columns(&self) -> usize {
-        let most = PACKED_BYTES / (DIGITS * self.starts.len()) / COLUMNS * COLUMNS;
-        self.columns()
-            .next_multiple_of(COLUMNS)
-            .min(most.max(COLUMNS))
+    /// Rows of an input that become bytes at a time.
+    fn strip_rows(&self) -> usize {
+        (STRIP / self.geometry.in_size[1]).clamp(1, self.geometry.in_size[0])
     }
 
-    /// float32 elements of each part of the scratch: one plane, planes of bytes, packed
-    /// columns, sums.
-    fn scratch_parts(&self) -> [usize; 4] {
-        let panels = self.block_columns() / Self::PANEL;
+    /// Quads of a strip; more are read.
+    fn strip_stride(&self) -> usize {
+        (self.strip_rows() * self.geometry.in_size[1]).next_multiple_of(TILE) + TILE
+    }
+
+    /// 32-bit elements of each part of the scratch: quads of a strip, the image, sums; all
+    /// but the last for each digit.
+    fn scratch_parts(&self) -> [usize; 3] {
         [
-            self.planes.len().next_multiple_of(TILE),
-            DIGITS * self.planes_len() / 4,
-            panels * self.blocks() * 2 * TILE_BYTES / 4,
-            WRITTEN_TOGETHER * size_of::<Sums>() / 4,
+            DIGITS * TILE * self.strip_stride(),
+            DIGITS * self.image.len(&self.geometry),
+            WRITTEN_TOGETHER * size_of::<Sums>() / size_of::<i32>(),
         ]
     }
 }
@@ -228,222 +344,252 @@ impl<const DIGITS: usize> TilesConv<DIGITS> {
         let g = &self.geometry;
         let group_in = g.group_in_channels() * g.in_pixels();
         let group_out = g.group_out_channels() * g.out_pixels();
-        let [plane_len, bytes_len, packed_len, sums_len] = self.scratch_parts();
-        let (plane, rest) = scratch.split_at_mut(plane_len);
-        let (bytes, rest) = rest.split_at_mut(bytes_len);
-        let plane = &mut plane[..self.planes.len()];
-        let bytes: &mut [u8] = bytemuck::cast_slice_mut(bytes);
-        let (packed, rest) = rest.split_at_mut(packed_len);
-        let packed: &mut [u8] = bytemuck::cast_slice_mut(packed);
+        let [strip_len, image_len, sums_len] = self.scratch_parts();
+        let (strip, rest) = scratch.split_at_mut(strip_len);
+        let (image, rest) = rest.split_at_mut(image_len);
+        let strip: &mut [u32] = bytemuck::cast_slice_mut(strip);
+        let image: &mut [u32] = bytemuck::cast_slice_mut(image);
         let sums: &mut [Sums] = bytemuck::cast_slice_mut(&mut rest[..sums_len]);
-        let tiles = self.amx.tiles();
+        let tiles = self.amx.tiles(self.image.tile_pixels);
         let inputs = input.chunks_exact(group_in).take(n * g.groups);
         let outputs = output.chunks_exact_mut(group_out);
         for (i, (input, output)) in inputs.zip(outputs).enumerate() {
-            let scale = self.rounding.scale(self.amx.simd().call(Extremes(input)));
-            let channels = input.chunks_exact(g.in_pixels());
-            let (high, low) = bytes.split_at_mut(self.planes_len());
-            let len = plane.len();
-            for (c, channel) in channels.enumerate() {
-                let place = c * len..(c + 1) * len;
-                let of_low = if DIGITS == 1 { 0..0 } else { place.clone() };
-                self.round(channel, scale, plane, [&mut high[place], &mut low[of_low]]);
-            }
-            for first in (0..self.columns()).step_by(self.block_columns()) {
-                let columns = first..(first + self.block_columns()).min(self.columns());
-                self.pack(&columns, bytes, packed);
-                let block = Block {
-                    group: i % g.groups,
-                    columns,
-                    scale,
-                    floor,
-                };
-                self.products(&tiles, &block, packed, sums, output);
+            let mut group = GroupOutput {
+                group: i % g.groups,
+                scale: self.rounding.scale(self.amx.simd().call(Extremes(input))),
+                floor,
+                output,
+            };
+            self.fill(input, group.scale, strip, image);
+            for first in (0..g.out_size[0]).step_by(self.block_rows()) {
+                let rows = first..(first + self.block_rows()).min(g.out_size[0]);
+                self.products(&tiles, image, rows, sums, &mut group);
             }
         }
     }
 
-    /// Make bytes of a channel: a plane of each digit.
-    fn round(&self, channel: &[f32], scale: Scale, plane: &mut [f32], targets: [&mut [u8]; 2]) {
+    /// Make the image of a group's inputs.
+    fn fill(&self, input: &[f32], scale: Scale, strip: &mut [u32], image: &mut [u32]) {
         let g = &self.geometry;
-        let zero = scale.zero - 128;
-        let round = |values: &[f32], [high, low]: [&mut [u8]; 2]| {
-            if DIGITS == 1 {
-                self.amx.bytes(values, scale.factor, zero, high);
-            } else {
-                self.amx.digits(values, scale.factor, [high, low]);
+        let [height, width] = g.in_size;
+        // Padding is 0.
+        let zero = if DIGITS == 1 { scale.zero - 128 } else { 0 };
+        let padding = u32::from_le_bytes([zero.to_le_bytes()[0]; QUAD]);
+        let inner = g.padding.left * self.image.pixel..(g.padding.left + width) * self.image.pixel;
+        for image in image.chunks_exact_mut(self.image.len(g)) {
+            for (y, row) in image.chunks_mut(self.image.row).enumerate() {
+                if (g.padding.top..g.padding.top + height).contains(&y) {
+                    row[..inner.start].fill(padding);
+                    row[inner.end..].fill(padding);
+                } else {
+                    row.fill(padding);
+                }
             }
-        };
-        if g.stride != [1, 1] {
-            self.planes.fill(self.amx.simd(), g, [0, 0], channel, plane);
-            round(plane, targets);
-            return;
         }
-        // The plane is the channel and its padding.
-        let [high, low] = targets;
-        high.fill(if DIGITS == 1 {
-            zero.to_le_bytes()[0]
-        } else {
-            0
-        });
-        low.fill(0);
-        for (y, row) in channel.chunks_exact(g.in_size[1]).enumerate() {
-            let first = (y + g.padding.top) * self.planes.width() + g.padding.left;
-            let place = first..first + row.len();
-            let of_low = if DIGITS == 1 { 0..0 } else { place.clone() };
-            round(row, [&mut high[place], &mut low[of_low]]);
-        }
-    }
-
-    /// Pack columns in panels, each of two tiles for each block.
-    fn pack(&self, columns: &Range<usize>, bytes: &[u8], packed: &mut [u8]) {
-        let panel_len = self.blocks() * 2 * TILE_BYTES;
-        let last = self.starts.iter().max().map_or(0, |start| *start as usize);
-        for (i, first) in columns.clone().step_by(COLUMNS).enumerate() {
-            // Of one digit the two tiles of a panel, of two digits those of two panels.
-            let panels = &mut packed[i * DIGITS * panel_len..][..DIGITS * panel_len];
-            for digit in 0..DIGITS {
-                let bytes = &bytes[digit * self.planes_len()..][..self.planes_len()];
-                assert!(last + first + COLUMNS <= bytes.len());
-                let target = panels.as_mut_ptr();
-                let second = if DIGITS == 1 { TILE_BYTES } else { panel_len };
-                // SAFETY: as asserted, a row of which the last column may be packed has
-                // COLUMNS more bytes. The targets are the tiles of all blocks of one panel,
-                // or those of one digit of two panels.
-                unsafe {
-                    let target = target.add(digit * TILE_BYTES);
-                    let targets = [target, target.add(second)];
-                    let source = bytes.as_ptr().add(first);
-                    self.amx
-                        .interleave(source, &self.starts, targets, 2 * TILE_BYTES);
+        let (high, low) = strip.split_at_mut(TILE * self.strip_stride());
+        for y in (0..height).step_by(self.strip_rows()) {
+            let rows = y..(y + self.strip_rows()).min(height);
+            let pixels = rows.start * width..rows.end * width;
+            for first in (0..self.image.quads).step_by(TILE) {
+                let quads = first..(first + TILE).min(self.image.quads);
+                for quad in quads.clone() {
+                    // Weights of channels that there are not are 0.
+                    let last = g.group_in_channels() - 1;
+                    let inputs: [&[f32]; QUAD] = std::array::from_fn(|channel| {
+                        let channel = (quad * QUAD + channel).min(last) * g.in_pixels();
+                        &input[channel + pixels.start..channel + pixels.end]
+                    });
+                    let place = (quad - first) * self.strip_stride();
+                    let place = place..place + pixels.len();
+                    let of_low = if DIGITS == 1 { 0..0 } else { place.clone() };
+                    let targets = [&mut high[place], &mut low[of_low]];
+                    self.round(inputs, scale.factor, zero, targets);
+                }
+                let strips = [&*high, &*low].into_iter();
+                let images = image.chunks_exact_mut(self.image.len(g));
+                for (strip, image) in strips.zip(images) {
+                    self.amx.simd().call(Place {
+                        kernel: self,
+                        strip,
+                        rows: rows.clone(),
+                        quads: quads.clone(),
+                        image,
+                    });
                 }
             }
         }
     }
 
-    /// Compute a block of columns.
+    /// Compute some rows of the map of a group.
     fn products(
         &self,
         tiles: &Tiles,
-        block: &Block,
-        packed: &[u8],
+        image: &[u32],
+        rows: Range<usize>,
         sums: &mut [Sums],
-        output: &mut [f32],
+        group: &mut GroupOutput<'_>,
     ) {
         let g = &self.geometry;
-        let panel_len = self.blocks() * 2 * TILE_BYTES;
-        let panels = g.group_out_channels().div_ceil(OUTPUTS);
-        let weights = self.weights.chunks_exact(DIGITS * panel_len);
-        let weights = weights.skip(block.group * panels).take(panels);
-        let maps = output.chunks_mut(OUTPUTS * g.out_pixels());
-        let columns = block.columns.clone();
-        for (panel, (weights, output)) in weights.zip(maps).enumerate() {
-            let together = WRITTEN_TOGETHER * Self::PANEL;
-            let packed = packed.chunks(WRITTEN_TOGETHER * panel_len);
-            for (first, packed) in columns.clone().step_by(together).zip(packed) {
-                let positions = first..(first + together).min(columns.end);
-                let packed = packed.chunks_exact(panel_len);
-                let packed = packed.take(positions.len().div_ceil(Self::PANEL));
-                for (packed, sums) in packed.zip(&mut *sums) {
-                    let (weights, packed) = (weights.as_ptr(), packed.as_ptr());
-                    // SAFETY: both have tiles for all blocks.
-                    unsafe { tiles.multiply::<DIGITS>(weights, packed, self.blocks(), sums) }
+        let image_len = self.image.len(g);
+        assert!(image.len() >= DIGITS * image_len);
+        let together = WRITTEN_TOGETHER * Self::TOGETHER;
+        let tile_range = rows.start * self.image.tiles..rows.end * self.image.tiles;
+        let weights = self
+            .weights
+            .chunks_exact(2 * DIGITS * self.starts.len() * TILE_QUADS);
+        let weights = weights.skip(group.group * self.group_panels());
+        for (panel, weights) in weights.take(self.group_panels()).enumerate() {
+            for first in tile_range.clone().step_by(together) {
+                let written = first..(first + together).min(tile_range.end);
+                let of_products = written.clone().step_by(Self::TOGETHER);
+                for (tile, sums) in of_products.zip(&mut *sums) {
+                    let first = self.image.tile(g, tile);
+                    let second = if DIGITS == 1 {
+                        self.image.tile(g, (tile + 1).min(tile_range.end - 1))
+                    } else {
+                        first + image_len
+                    };
+                    let pixels = Pixels {
+                        sources: [first, second].map(|tile| image[tile..].as_ptr()),
+                        starts: &self.starts,
+                        stride: g.stride[1] * self.image.pixel,
+                    };
+                    // SAFETY: there are two tiles of weights of all digits for each block,
+                    // and an image has all that its last tile reads, see `Image::len`.
+                    unsafe { tiles.multiply::<DIGITS>(pixels, weights.as_ptr(), sums) }
                 }
                 self.amx.simd().call(Write {
                     kernel: self,
-                    first: block.group * g.group_out_channels() + panel * OUTPUTS,
-                    positions,
+                    panel,
+                    tiles: written,
                     sums,
-                    scale: block.scale,
-                    floor: block.floor,
-                    output,
+                    group,
                 });
             }
         }
     }
 }
 
-/// Columns of one group of one image.
-struct Block {
+/// The map of a group of an image, and what makes it.
+struct GroupOutput<'a> {
     group: usize,
-    columns: Range<usize>,
     /// Of the inputs.
     scale: Scale,
     /// The least response.
     floor: f32,
-}
-
-/// Make responses of the sums of some columns, for a panel of outputs.
-struct Write<'a, const DIGITS: usize> {
-    kernel: &'a TilesConv<DIGITS>,
-    /// First of the outputs, among those of all groups.
-    first: usize,
-    /// Of the columns.
-    positions: Range<usize>,
-    /// Of their panels.
-    sums: &'a [Sums],
-    scale: Scale,
-    floor: f32,
-    /// Maps of the outputs that there are.
     output: &'a mut [f32],
 }
 
-impl<const DIGITS: usize> Task for Write<'_, DIGITS> {
+/// Place up to 16 quads of some rows of the input in the image.
+struct Place<'a, const DIGITS: usize> {
+    kernel: &'a TilesConv<DIGITS>,
+    /// `(quads, pixels)`, of one digit.
+    strip: &'a [u32],
+    rows: Range<usize>,
+    quads: Range<usize>,
+    image: &'a mut [u32],
+}
+
+impl<const DIGITS: usize> Task for Place<'_, DIGITS> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let g = &self.kernel.geometry;
+        let image = &self.kernel.image;
+        let (width, stride) = (g.in_size[1], self.kernel.strip_stride());
+        for (i, y) in self.rows.enumerate() {
+            let first = (y + g.padding.top) * image.row + g.padding.left * image.pixel;
+            let row = &mut self.image[first..][..width * image.pixel];
+            let strip = &self.strip[i * width..];
+            if image.pixel == 1 {
+                row.copy_from_slice(&strip[..width]);
+                continue;
+            }
+            for x in (0..width).step_by(S::LANES) {
+                let pixels = S::LANES.min(width - x);
+                let source = &strip[x..][..(S::LANES - 1) * stride + S::LANES];
+                let target = &mut row[x * image.pixel + self.quads.start..];
+                assert!((pixels - 1) * image.pixel + self.quads.len() <= target.len());
+                // SAFETY: the source has a row for each lane, the target all pixels.
+                unsafe {
+                    simd.transpose(
+                        source.as_ptr().cast(),
+                        stride,
+                        target.as_mut_ptr().cast(),
+                        image.pixel,
+                        [pixels, self.quads.len()],
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// Make responses of the sums of some tiles of pixels, for a panel of outputs.
+struct Write<'a, 'b, const DIGITS: usize> {
+    kernel: &'a TilesConv<DIGITS>,
+    panel: usize,
+    tiles: Range<usize>,
+    /// With one digit of two tiles of pixels, with two digits of the high ones, then those
+    /// of a high and a low one.
+    sums: &'a [Sums],
+    group: &'a mut GroupOutput<'b>,
+}
+
+impl<const DIGITS: usize> Task for Write<'_, '_, DIGITS> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let kernel = self.kernel;
-        let g = &kernel.geometry;
-        let (row_len, width) = (kernel.planes.width(), g.out_size[1]);
-        let floor = simd.splat(self.floor);
-        let panel = TilesConv::<DIGITS>::PANEL;
-        let n = self.positions.len();
-        let first_row = self.positions.start / row_len;
-        let first_column = self.positions.start % row_len;
-        let mut responses = [0.0f32; COLUMNS * WRITTEN_TOGETHER];
-        let panels = self.sums.iter().take(n.div_ceil(panel));
-        for (i, output) in self.output.chunks_exact_mut(g.out_pixels()).enumerate() {
-            let mut unit = kernel.units[self.first + i] * self.scale.unit;
-            let bias = simd.splat(kernel.bias[self.first + i]);
-            if DIGITS == 2 {
-                unit *= 256.0;
-            }
-            let unit = simd.splat(unit);
-            for (sums, responses) in panels.clone().zip(responses.chunks_exact_mut(panel)) {
-                let mut halves = [simd.splat(0.0); 2];
-                for (j, half) in halves.iter_mut().enumerate() {
-                    let mut sums = sums[i / TILE * 2 + j][i % TILE];
-                    if DIGITS == 1 {
-                        // What stands for 0, less 128, was multiplied with all weights.
-                        let zero = kernel.sums[self.first + i] * (128 - self.scale.zero);
-                        for sum in &mut sums {
-                            *sum += zero;
-                        }
-                    }
-                    // SAFETY: there are as many sums as a vector has lanes on this level.
-                    *half = simd.float_i32(unsafe { simd.load_i32(sums.as_ptr()) });
+        let (g, image) = (&kernel.geometry, &kernel.image);
+        let GroupOutput { group, scale, .. } = *self.group;
+        let panel = &kernel.panels[group * kernel.group_panels() + self.panel];
+        let floor = simd.splat(self.group.floor);
+        let maps = self.group.output.chunks_mut(TILE * g.out_pixels());
+        let maps = maps.skip(2 * self.panel).take(2);
+        for (half, maps) in maps.enumerate() {
+            let outputs = half * TILE..(half + 1) * TILE;
+            let digit = if DIGITS == 1 { 1.0 } else { 256.0 };
+            let units = simd.load_first(&panel.units[outputs.clone()]);
+            let units = simd.mul(units, simd.splat(scale.unit * digit));
+            // What stands for 0, less 128, was multiplied with all weights.
+            let zeros = simd.load_first(&panel.zeros[outputs.clone()]);
+            let zeros = simd.mul(zeros, simd.splat((128 - scale.zero) as f32));
+            let bias = simd.load_first(&panel.bias[outputs.clone()]);
+            let bias = simd.mul_add(zeros, units, bias);
+            for (i, tile) in self.tiles.clone().enumerate() {
+                let [y, x] = [tile / image.tiles, tile % image.tiles * image.tile_pixels];
+                let pixels = image.tile_pixels.min(g.out_size[1] - x);
+                let mut responses = [[0.0f32; TILE]; TILE];
+                for (pixel, responses) in responses.iter_mut().take(pixels).enumerate() {
+                    let load = |i: usize| {
+                        let sums = &self.sums[i / 2][i % 2][pixel][outputs.clone()];
+                        // SAFETY: there are as many sums as a vector has lanes on this level.
+                        simd.float_i32(unsafe { simd.load_i32(sums.as_ptr()) })
+                    };
+                    let sums = if DIGITS == 1 {
+                        load(i)
+                    } else {
+                        simd.mul_add(load(2 * i), simd.splat(256.0), load(2 * i + 1))
+                    };
+                    let response = simd.max(simd.mul_add(sums, units, bias), floor);
+                    simd.store_first(responses, response);
                 }
-                if DIGITS == 2 {
-                    halves[0] = simd.mul_add(halves[0], simd.splat(256.0), halves[1]);
+                let rows = maps.len() / g.out_pixels();
+                let target = &mut maps[y * g.out_size[1] + x..];
+                assert!((rows - 1) * g.out_pixels() + pixels <= target.len());
+                // SAFETY: the source has a row for each lane, the target those of all maps.
+                unsafe {
+                    simd.transpose(
+                        responses.as_ptr().cast(),
+                        TILE,
+                        target.as_mut_ptr(),
+                        g.out_pixels(),
+                        [rows, pixels],
+                    );
                 }
-                for (response, half) in responses.chunks_exact_mut(TILE).zip(halves) {
-                    simd.store_first(response, simd.max(simd.mul_add(half, unit, bias), floor));
-                }
-            }
-            // Of the positions of a row the first are outputs.
-            let (mut at, mut y, mut x) = (0, first_row, first_column);
-            while at < n {
-                let len = (row_len - x).min(n - at);
-                if x < width {
-                    let outputs = &mut output[y * width + x..][..len.min(width - x)];
-                    let responses = responses[at..].chunks(S::LANES);
-                    for (outputs, responses) in outputs.chunks_mut(S::LANES).zip(responses) {
-                        simd.store_first(outputs, simd.load_first(responses));
-                    }
-                }
-                at += len;
-                (y, x) = (y + 1, 0);
             }
         }
     }
