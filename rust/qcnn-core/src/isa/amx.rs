@@ -35,9 +35,9 @@ pub(crate) const TILE_QUADS: usize = TILE * TILE;
 /// Bytes of a row of a tile.
 const ROW_BYTES: usize = 4 * TILE;
 
-/// Sums of two tiles of weights, `(pixels, outputs)`, for each of two tiles of pixels or each
-/// of two kinds of products.
-pub(crate) type Sums = [[[i32; 2 * TILE]; TILE]; 2];
+/// Sums of two tiles of pixels, `(pixels, kinds, outputs)`: of two tiles of weights, or of
+/// two kinds of products.
+pub(crate) type Sums = [[[[i32; TILE]; 2]; TILE]; 2];
 
 /// Token of AMX, beside AVX-512 with VBMI.
 #[derive(Clone, Copy, Debug)]
@@ -225,9 +225,10 @@ impl Drop for Tiles {
 /// Where inputs of a product are.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Pixels<'a> {
-    /// With one digit the pixels of two tiles, with two digits the high and the low ones of
-    /// the same pixels.
-    pub sources: [*const u32; 2],
+    /// The first pixels of two tiles.
+    pub tiles: [*const u32; 2],
+    /// Quads from the high digits of a pixel to the low ones.
+    pub low: usize,
     /// Quads from the first pixel to the first of the 16 quads of each block.
     pub starts: &'a [u32],
     /// Quads from a pixel to the next one.
@@ -235,17 +236,16 @@ pub(crate) struct Pixels<'a> {
 }
 
 impl Tiles {
-    /// Products of tiles of pixels with tiles of weights, summed over all blocks.
+    /// Products of two tiles of pixels with two of weights, summed over all blocks.
     ///
-    /// With one digit there are two tiles of each; the sums are those of either tile of
-    /// pixels. With two digits there are two tiles of weights, each of all digits, the high
-    /// ones first, and one of pixels, likewise; the sums are those of products of high
-    /// digits, then of a high and a low one.
+    /// With one digit the tiles of weights are those of 32 outputs, and so are the sums.
+    /// With two digits they are the high and the low digits of 16 outputs; sums are those of
+    /// products of high digits, then of a high and a low one.
     ///
     /// # Safety
     ///
-    /// `weights` is valid for reads of `2 * DIGITS` tiles for each block, and so are the 16
-    /// quads of all blocks for all pixels that the tiles are configured for.
+    /// `weights` is valid for reads of two tiles for each block, and so are the 16 quads of
+    /// all blocks, of all digits, for all pixels that the tiles are configured for.
     pub(crate) unsafe fn multiply<const DIGITS: usize>(
         &self,
         pixels: Pixels<'_>,
@@ -259,7 +259,7 @@ impl Tiles {
             // SAFETY: `self` proves AMX with tiles that are configured; the caller vouches
             // for what is read.
             unsafe {
-                let [first, second] = pixels.sources.map(|source| source.add(*start as usize));
+                let [first, second] = pixels.tiles.map(|tile| tile.add(*start as usize));
                 if DIGITS == 1 {
                     asm!(
                         "tileloadd tmm6, [{weights} + {row}*1]",
@@ -282,24 +282,26 @@ impl Tiles {
                         "tileloadd tmm6, [{weights} + {row}*1]",
                         "tileloadd tmm4, [{first} + {stride}*4]",
                         "tdpbssd tmm0, tmm4, tmm6",
+                        "tileloadd tmm7, [{weights} + {row}*1 + 1024]",
+                        "tdpbssd tmm1, tmm4, tmm7",
                         "tileloadd tmm5, [{second} + {stride}*4]",
                         "tdpbssd tmm2, tmm5, tmm6",
-                        "tileloadd tmm7, [{weights} + {row}*1 + 1024]",
-                        "tileloadd tmm6, [{weights} + {row}*1 + 2048]",
+                        "tileloadd tmm4, [{first_low} + {stride}*4]",
+                        "tdpbssd tmm3, tmm5, tmm7",
                         "tdpbssd tmm1, tmm4, tmm6",
-                        "tdpbssd tmm2, tmm4, tmm7",
-                        "tileloadd tmm7, [{weights} + {row}*1 + 3072]",
+                        "tileloadd tmm5, [{second_low} + {stride}*4]",
                         "tdpbssd tmm3, tmm5, tmm6",
-                        "tdpbssd tmm3, tmm4, tmm7",
                         weights = in(reg) weights,
                         first = in(reg) first,
                         second = in(reg) second,
+                        first_low = in(reg) first.add(pixels.low),
+                        second_low = in(reg) second.add(pixels.low),
                         stride = in(reg) pixels.stride,
                         row = in(reg) ROW_BYTES,
                         options(nostack, readonly, preserves_flags)
                     );
                 }
-                weights = weights.add(2 * DIGITS * TILE_QUADS);
+                weights = weights.add(2 * TILE_QUADS);
             }
         }
         self.store(sums);
@@ -413,19 +415,20 @@ mod tests {
     #[test]
     fn sums_of_products() {
         let Some(amx) = Amx::new() else { return };
-        let stride = 37;
+        let (stride, low) = (37, 2000);
         for (n, pixels) in [(0, 16), (1, 16), (3, 16), (2, 13), (1, 1)] {
             let tiles = amx.tiles(pixels);
             // Blocks in an order that is not theirs, with rows that are not aligned.
             let starts: Vec<u32> = (0..n).map(|block| 5 + (2 * block + 1) % 3 * 600).collect();
-            let images = [quads(2000, 1), quads(2000, 2)];
-            let weights = quads(n as usize * 4 * TILE_QUADS, 3);
-            // Of one tile of pixels and one of the `tiles` ones of weights.
-            let product = |image: usize, tiles: usize, tile: usize, pixel: usize, output: usize| {
+            // Of each digit.
+            let images = [quads(2 * low, 1), quads(2 * low, 2)];
+            let weights = quads(n as usize * 2 * TILE_QUADS, 3);
+            // Of a digit of one tile of pixels and one tile of weights.
+            let product = |image: &[u32], tile: usize, pixel: usize, output: usize| {
                 let blocks = starts.iter().enumerate();
                 let quads = blocks.flat_map(|(block, start)| {
-                    let inputs = &images[image][*start as usize + pixel * stride..][..TILE];
-                    let weights = &weights[(block * tiles + tile) * TILE_QUADS..][..TILE_QUADS];
+                    let inputs = &image[*start as usize + pixel * stride..][..TILE];
+                    let weights = &weights[(block * 2 + tile) * TILE_QUADS..][..TILE_QUADS];
                     inputs.iter().zip(weights[output..].iter().step_by(TILE))
                 });
                 let products = quads.flat_map(|(inputs, weights)| {
@@ -433,10 +436,11 @@ mod tests {
                 });
                 products.sum::<i32>()
             };
-            let mut sums: Sums = [[[12_345; 2 * TILE]; TILE]; 2];
+            let mut sums: Sums = [[[[12_345; TILE]; 2]; TILE]; 2];
             let mut of_digits = sums;
             let inputs = Pixels {
-                sources: images.each_ref().map(|image| image.as_ptr()),
+                tiles: images.each_ref().map(|image| image.as_ptr()),
+                low,
                 starts: &starts,
                 stride,
             };
@@ -445,15 +449,15 @@ mod tests {
                 tiles.multiply::<1>(inputs, weights.as_ptr(), &mut sums);
                 tiles.multiply::<2>(inputs, weights.as_ptr(), &mut of_digits);
             }
-            for (pixel, i) in (0..pixels).flat_map(|pixel| (0..2 * TILE).map(move |i| (pixel, i))) {
-                let (tile, output) = (i / TILE, i % TILE);
-                let of = |image| product(image, 2, tile, pixel, output);
-                let got = [0, 1].map(|image: usize| sums[image][pixel][i]);
-                assert_eq!(got, [of(0), of(1)], "{n} {pixel} {i}");
-                // Here the images are the digits, the high one first.
-                let of = |image, digit| product(image, 4, 2 * tile + digit, pixel, output);
-                let got = [0, 1].map(|kind: usize| of_digits[kind][pixel][i]);
-                assert_eq!(got, [of(0, 0), of(1, 0) + of(0, 1)], "{n} {pixel} {i}");
+            for (pixel, i) in (0..pixels).flat_map(|pixel| (0..TILE).map(move |i| (pixel, i))) {
+                for (tile, image) in images.iter().enumerate() {
+                    let of = |weights| product(image, weights, pixel, i);
+                    let got = sums[tile][pixel].map(|sums| sums[i]);
+                    assert_eq!(got, [of(0), of(1)], "{n} {tile} {pixel} {i}");
+                    let of_low = product(&image[low..], 0, pixel, i);
+                    let got = of_digits[tile][pixel].map(|sums| sums[i]);
+                    assert_eq!(got, [of(0), of(1) + of_low], "{n} {tile} {pixel} {i}");
+                }
             }
         }
     }

@@ -11,7 +11,7 @@
 //! no whole rows of a tile, for each row of the kernel those of all its pixels. So a block
 //! of a run, 64 bytes for each of up to 16 outputs that are neighbours in a row of the map,
 //! is a tile as it lies in the image: there is no im2col matrix. All blocks of an output
-//! together are multiplied with a panel of weights, which has 32 outputs. A multiplication
+//! together are multiplied with a panel of weights, which is two tiles wide. A multiplication
 //! takes a cycle for each pixel, so the pixels of a row are split evenly.
 //!
 //! # Digits
@@ -49,9 +49,6 @@ const MAX_DEPTH: usize = 1 << 15;
 /// Channels of a quad: bytes that are multiplied together.
 const QUAD: usize = 4;
 
-/// Outputs of a panel of weights: two tiles.
-const OUTPUTS: usize = 2 * TILE;
-
 /// Greatest integer of two digits.
 const GREATEST: f32 = 32_639.0;
 
@@ -74,8 +71,8 @@ pub(crate) struct TilesConv<const DIGITS: usize> {
     /// Where in the image the rows of each block start, from an output's first pixel on.
     starts: Vec<u32>,
     rounding: Rounding,
-    /// For each group, panel of outputs and block two tiles, each of all digits, the high
-    /// ones first: `(rows, outputs)`.
+    /// For each group, panel of outputs and block two tiles, of other outputs or of high and
+    /// of low digits: `(rows, outputs)`.
     weights: Buffer<u32>,
     /// For each panel of each group.
     panels: Vec<Panel>,
@@ -85,10 +82,10 @@ pub(crate) struct TilesConv<const DIGITS: usize> {
 #[derive(Clone, Copy, Debug)]
 struct Panel {
     /// With one digit, what the zero adds to the sums if it is 1.
-    zeros: [f32; OUTPUTS],
+    zeros: [f32; 2 * TILE],
     /// What 1 stands for in the weights.
-    units: [f32; OUTPUTS],
-    bias: [f32; OUTPUTS],
+    units: [f32; 2 * TILE],
+    bias: [f32; 2 * TILE],
 }
 
 /// The bytes of the channels of a group, `(rows, columns, quads)`, padding included, and
@@ -178,8 +175,8 @@ impl Image {
 }
 
 impl<const DIGITS: usize> TilesConv<DIGITS> {
-    /// Tiles of pixels of a product: with two digits there is one of each.
-    const TOGETHER: usize = 2 / DIGITS;
+    /// Outputs of a panel.
+    const OUTPUTS: usize = 2 * TILE / DIGITS;
 
     pub(crate) fn candidate<'a>(amx: Amx, layer: &'a ConvLayer<'a>) -> Option<Candidate<'a>> {
         // What is dense already is to be exact.
@@ -193,15 +190,15 @@ impl<const DIGITS: usize> TilesConv<DIGITS> {
         if depth(g) > MAX_DEPTH || pixels.checked_mul(image.pixel)? > u32::MAX as usize / 2 {
             return None;
         }
-        let products = (image.tiles * g.out_size[0]).div_ceil(Self::TOGETHER);
-        let panels = g.group_out_channels().div_ceil(OUTPUTS);
+        let products = (image.tiles * g.out_size[0]).div_ceil(2);
+        let panels = g.group_out_channels().div_ceil(Self::OUTPUTS);
         // For a block of a product: multiplications, or loads. Then each input and output.
         let block = match DIGITS {
-            1 => 4.4 * image.tile_pixels.max(14) as f64,
-            _ => 6.6 * image.tile_pixels.max(10) as f64,
+            1 => 5.5 * image.tile_pixels.max(14) as f64,
+            _ => 9.5 * image.tile_pixels.max(14) as f64,
         };
         let values = pixels * g.group_in_channels() + g.group_out_channels() * g.out_pixels();
-        let cycles = (products * panels * image.blocks(g)) as f64 * block + values as f64;
+        let cycles = (products * panels * image.blocks(g)) as f64 * block + 1.2 * values as f64;
         let cycles = g.groups as f64 * cycles;
         Some(Candidate::new(cycles, move || Self::new(amx, layer)))
     }
@@ -230,12 +227,12 @@ impl<const DIGITS: usize> TilesConv<DIGITS> {
         let g = &self.geometry;
         let (taps, blocks) = (g.taps(), self.starts.len());
         let panels = g.groups * self.group_panels();
-        self.weights = Buffer::zeroed(panels * blocks * 2 * DIGITS * TILE_QUADS);
+        self.weights = Buffer::zeroed(panels * blocks * 2 * TILE_QUADS);
         self.panels = vec![
             Panel {
-                zeros: [0.0; OUTPUTS],
-                units: [0.0; OUTPUTS],
-                bias: [0.0; OUTPUTS],
+                zeros: [0.0; 2 * TILE],
+                units: [0.0; 2 * TILE],
+                bias: [0.0; 2 * TILE],
             };
             panels
         ];
@@ -247,8 +244,10 @@ impl<const DIGITS: usize> TilesConv<DIGITS> {
             // Without any weights.
             let scale = if scale.is_finite() { scale } else { 1.0 };
             let (group, o) = (o / g.group_out_channels(), o % g.group_out_channels());
-            let panel = group * self.group_panels() + o / OUTPUTS;
-            let (tile, output) = (o % OUTPUTS / TILE, o % TILE);
+            let (panel, o) = (
+                group * self.group_panels() + o / Self::OUTPUTS,
+                o % Self::OUTPUTS,
+            );
             let mut sum = 0;
             for (quad, dense) in dense.chunks(QUAD * taps).enumerate() {
                 let mut channels = dense.chunks_exact(taps);
@@ -258,16 +257,14 @@ impl<const DIGITS: usize> TilesConv<DIGITS> {
                 for (digit, weights) in digits.iter().take(DIGITS).enumerate() {
                     for (tap, weights) in weights.iter().enumerate() {
                         let row = self.image.weights_row(tap, quad);
-                        let tile = (panel * blocks + row / TILE) * 2 + tile;
-                        let tile = tile * DIGITS + digit;
-                        self.weights[(tile * TILE + row % TILE) * TILE + output] = *weights;
+                        let tile = (panel * blocks + row / TILE) * 2 + o / TILE + digit;
+                        self.weights[(tile * TILE + row % TILE) * TILE + o % TILE] = *weights;
                         let weights = weights.to_le_bytes().map(u8::cast_signed);
                         sum += weights.into_iter().map(i32::from).sum::<i32>();
                     }
                 }
             }
             let panel = &mut self.panels[panel];
-            let o = o % OUTPUTS;
             panel.zeros[o] = if DIGITS == 1 { sum as f32 } else { 0.0 };
             panel.units[o] = 1.0 / scale;
             panel.bias[o] = *bias;
@@ -276,7 +273,7 @@ impl<const DIGITS: usize> TilesConv<DIGITS> {
 
     /// Panels of the outputs of a group.
     fn group_panels(&self) -> usize {
-        self.geometry.group_out_channels().div_ceil(OUTPUTS)
+        self.geometry.group_out_channels().div_ceil(Self::OUTPUTS)
     }
 
     /// Make integers of four rows of values, in quads, for each digit.
@@ -432,25 +429,22 @@ impl<const DIGITS: usize> TilesConv<DIGITS> {
         let g = &self.geometry;
         let image_len = self.image.len(g);
         assert!(image.len() >= DIGITS * image_len);
-        let together = WRITTEN_TOGETHER * Self::TOGETHER;
+        let together = 2 * WRITTEN_TOGETHER;
         let tile_range = rows.start * self.image.tiles..rows.end * self.image.tiles;
         let weights = self
             .weights
-            .chunks_exact(2 * DIGITS * self.starts.len() * TILE_QUADS);
+            .chunks_exact(2 * self.starts.len() * TILE_QUADS);
         let weights = weights.skip(group.group * self.group_panels());
         for (panel, weights) in weights.take(self.group_panels()).enumerate() {
             for first in tile_range.clone().step_by(together) {
                 let written = first..(first + together).min(tile_range.end);
-                let of_products = written.clone().step_by(Self::TOGETHER);
+                let of_products = written.clone().step_by(2);
                 for (tile, sums) in of_products.zip(&mut *sums) {
-                    let first = self.image.tile(g, tile);
-                    let second = if DIGITS == 1 {
-                        self.image.tile(g, (tile + 1).min(tile_range.end - 1))
-                    } else {
-                        first + image_len
-                    };
+                    let second = (tile + 1).min(tile_range.end - 1);
                     let pixels = Pixels {
-                        sources: [first, second].map(|tile| image[tile..].as_ptr()),
+                        tiles: [tile, second]
+                            .map(|tile| image[self.image.tile(g, tile)..].as_ptr()),
+                        low: image_len,
                         starts: &self.starts,
                         stride: g.stride[1] * self.image.pixel,
                     };
@@ -531,8 +525,6 @@ struct Write<'a, 'b, const DIGITS: usize> {
     kernel: &'a TilesConv<DIGITS>,
     panel: usize,
     tiles: Range<usize>,
-    /// With one digit of two tiles of pixels, with two digits of the high ones, then those
-    /// of a high and a low one.
     sums: &'a [Sums],
     group: &'a mut GroupOutput<'b>,
 }
@@ -548,8 +540,8 @@ impl<const DIGITS: usize> Task for Write<'_, '_, DIGITS> {
         let panel = &kernel.panels[group * kernel.group_panels() + self.panel];
         let floor = simd.splat(self.group.floor);
         let maps = self.group.output.chunks_mut(TILE * g.out_pixels());
-        let maps = maps.skip(2 * self.panel).take(2);
-        for (half, maps) in maps.enumerate() {
+        let n = TilesConv::<DIGITS>::OUTPUTS / TILE;
+        for (half, maps) in maps.skip(n * self.panel).take(n).enumerate() {
             let outputs = half * TILE..(half + 1) * TILE;
             let digit = if DIGITS == 1 { 1.0 } else { 256.0 };
             let units = simd.load_first(&panel.units[outputs.clone()]);
@@ -557,22 +549,20 @@ impl<const DIGITS: usize> Task for Write<'_, '_, DIGITS> {
             // What stands for 0, less 128, was multiplied with all weights.
             let zeros = simd.load_first(&panel.zeros[outputs.clone()]);
             let zeros = simd.mul(zeros, simd.splat((128 - scale.zero) as f32));
-            let bias = simd.load_first(&panel.bias[outputs.clone()]);
-            let bias = simd.mul_add(zeros, units, bias);
+            let bias = simd.load_first(&panel.bias[outputs]);
             for (i, tile) in self.tiles.clone().enumerate() {
                 let [y, x] = [tile / image.tiles, tile % image.tiles * image.tile_pixels];
                 let pixels = image.tile_pixels.min(g.out_size[1] - x);
                 let mut responses = [[0.0f32; TILE]; TILE];
-                for (pixel, responses) in responses.iter_mut().take(pixels).enumerate() {
-                    let load = |i: usize| {
-                        let sums = &self.sums[i / 2][i % 2][pixel][outputs.clone()];
-                        // SAFETY: there are as many sums as a vector has lanes on this level.
-                        simd.float_i32(unsafe { simd.load_i32(sums.as_ptr()) })
-                    };
+                let sums = &self.sums[i / 2][i % 2][..pixels];
+                for (sums, responses) in sums.iter().zip(&mut responses) {
+                    // SAFETY: there are as many sums as a vector has lanes on this level.
+                    let load =
+                        |i: usize| simd.float_i32(unsafe { simd.load_i32(sums[i].as_ptr()) });
                     let sums = if DIGITS == 1 {
-                        load(i)
+                        simd.add(load(half), zeros)
                     } else {
-                        simd.mul_add(load(2 * i), simd.splat(256.0), load(2 * i + 1))
+                        simd.mul_add(load(0), simd.splat(256.0), load(1))
                     };
                     let response = simd.max(simd.mul_add(sums, units, bias), floor);
                     simd.store_first(responses, response);
