@@ -108,8 +108,20 @@ struct Step {
     action: Action,
     operands: Vec<Operand>,
     output: Operand,
-    /// Whether the kernel can run with the next two steps in one go.
-    folded: bool,
+    fused: Fused,
+}
+
+/// Steps that a kernel runs with in one go. ReLU that follows is not among them: there all
+/// that can do it do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fused {
+    None,
+    /// The next two, a normalisation and a sign.
+    Sign,
+    /// Max-pooling that follows, after ReLU or at once.
+    Pool {
+        relu: bool,
+    },
 }
 
 impl Step {
@@ -133,24 +145,28 @@ impl Step {
             Action::Activation(Activation::Sign),
         ) = (&mut self.action, &norm.action, &sign.action)
         {
-            self.folded = in_place && kernel.fold(norm);
+            if in_place && kernel.fold(norm) {
+                self.fused = Fused::Sign;
+            }
         }
     }
 
-    /// Run a kernel in another way than alone; the result is that of `run`.
+    /// Run a kernel in another way than alone, up to the step whose response `output` is;
+    /// the result is that of `run`.
     fn run_kernel(
         &self,
         workspace: &mut Workspace,
         input: &[f32],
         n: usize,
+        output: Operand,
         run: impl FnOnce(&dyn Kernel, &[f32], &mut [f32], &mut [f32]) -> bool,
     ) -> bool {
-        let (Action::Kernel(kernel), Place::Slot(slot)) = (&self.action, self.output.place) else {
+        let (Action::Kernel(kernel), Place::Slot(slot)) = (&self.action, output.place) else {
             return false;
         };
         let mut buffer = std::mem::take(&mut workspace.slots[slot]);
         let mut scratch = std::mem::take(&mut workspace.scratch);
-        let output = &mut buffer[..n * self.output.len];
+        let output = &mut buffer[..n * output.len];
         let value = workspace.value(input, self.operands[0], n);
         let done = run(&**kernel, value, output, &mut scratch);
         workspace.scratch = scratch;
@@ -198,7 +214,10 @@ impl Session {
                 plan_action(network, node, geometry, input, options, &mut codes)
             })
             .collect::<Result<Vec<_>>>()?;
-        let plan = BufferPlan::new(network, &actions);
+        let pooled: Vec<Fused> = (0..actions.len())
+            .map(|i| pooling(network, &actions, i))
+            .collect();
+        let plan = BufferPlan::new(network, &actions, &pooled);
         let operand = |name: &String| Operand {
             place: plan.places[name.as_str()],
             len: network.shape(name).iter().product(),
@@ -207,12 +226,13 @@ impl Session {
             .nodes
             .iter()
             .zip(actions)
-            .map(|(node, action)| Step {
+            .zip(pooled)
+            .map(|((node, action), fused)| Step {
                 name: node.name.clone(),
                 action,
                 operands: node.inputs.iter().map(operand).collect(),
                 output: operand(&node.name),
-                folded: false,
+                fused,
             })
             .collect::<Vec<_>>();
         for i in 2..steps.len() {
@@ -298,20 +318,46 @@ impl Session {
         if self.check(workspace, input, n)? {
             let mut steps = self.steps.iter().peekable();
             while let Some(step) = steps.next() {
-                if step.folded {
-                    step.run_kernel(workspace, input, n, |kernel, x, y, scratch| {
-                        kernel.run_folded(n, x, y, scratch);
-                        true
-                    });
-                    // The normalisation and the sign.
-                    steps.nth(1);
-                    continue;
+                match step.fused {
+                    Fused::None => {}
+                    Fused::Sign => {
+                        step.run_kernel(
+                            workspace,
+                            input,
+                            n,
+                            step.output,
+                            |kernel, x, y, scratch| {
+                                kernel.run_folded(n, x, y, scratch);
+                                true
+                            },
+                        );
+                        steps.nth(1);
+                        continue;
+                    }
+                    Fused::Pool { relu } => {
+                        let pool = steps.nth(relu.into()).expect("the pooling was there");
+                        step.run_kernel(
+                            workspace,
+                            input,
+                            n,
+                            pool.output,
+                            |kernel, x, y, scratch| {
+                                kernel.run_pooled(relu, n, x, y, scratch);
+                                true
+                            },
+                        );
+                        continue;
+                    }
                 }
                 let relu = steps.next_if(|next| next.is_relu_of(step));
                 let fused = relu.is_some()
-                    && step.run_kernel(workspace, input, n, |kernel, x, y, scratch| {
-                        kernel.run_relu(n, x, y, scratch)
-                    });
+                    && step.run_kernel(
+                        workspace,
+                        input,
+                        n,
+                        step.output,
+                        |kernel, x, y, scratch| kernel.run_relu(n, x, y, scratch),
+                    );
                 if fused {
                     continue;
                 }
@@ -609,6 +655,33 @@ fn plan_action(
     })
 }
 
+/// Whether the kernel of node `i` can run with a max-pooling that follows: nothing else may
+/// read what is in between.
+fn pooling(network: &Network, actions: &[Action], i: usize) -> Fused {
+    let graph = network.graph();
+    // The next node, if it alone reads the response of the one before.
+    let only_reader = |i: usize| {
+        let name = &graph.nodes[i].name;
+        let mut readers = graph.nodes.iter().filter(|node| node.inputs.contains(name));
+        let next = graph.nodes.get(i + 1)?;
+        let only = readers.next()?.name == next.name && readers.next().is_none();
+        (only && graph.output != *name).then_some(i + 1)
+    };
+    let relu = only_reader(i)
+        .filter(|next| matches!(actions[*next], Action::Activation(Activation::Relu)));
+    let pool = only_reader(relu.unwrap_or(i)).map(|next| &actions[next]);
+    match (&actions[i], pool) {
+        (Action::Kernel(kernel), Some(Action::Pool(pool)))
+            if kernel.pools() && pool.is_max_of_two_by_two() =>
+        {
+            Fused::Pool {
+                relu: relu.is_some(),
+            }
+        }
+        _ => Fused::None,
+    }
+}
+
 /// Assignment of values to buffers.
 struct BufferPlan<'a> {
     places: HashMap<&'a str, Place>,
@@ -618,7 +691,7 @@ struct BufferPlan<'a> {
 impl<'a> BufferPlan<'a> {
     /// Walk through the steps and give each value a buffer that no value still
     /// needed occupies.
-    fn new(network: &'a Network, actions: &[Action]) -> Self {
+    fn new(network: &'a Network, actions: &[Action], fused: &[Fused]) -> Self {
         let graph = network.graph();
         // Aliases share the storage of the value they stand for.
         let mut storage: HashMap<&str, &str> =
@@ -637,6 +710,15 @@ impl<'a> BufferPlan<'a> {
             last_use.insert(own, i);
         }
         last_use.insert(storage[graph.output.as_str()], usize::MAX);
+        // A kernel still reads its input while it writes what is pooled.
+        for (i, (node, fused)) in graph.nodes.iter().zip(fused).enumerate() {
+            if let Fused::Pool { relu } = *fused {
+                let last = last_use
+                    .get_mut(storage[node.inputs[0].as_str()])
+                    .expect("the node uses it");
+                *last = (*last).max(i + 1 + usize::from(relu));
+            }
+        }
 
         let mut places = HashMap::from([(&*graph.input.name, Place::Input)]);
         let mut slots: Vec<usize> = Vec::new();

@@ -210,6 +210,68 @@ fn pools_of_all_widths() {
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
+/// Kernels that pool while they write have the responses of step after step, and leave
+/// alone what others read, buffers included.
+#[test]
+fn pools_with_the_convolution() {
+    let pool = |kernel: usize| {
+        json!({
+            "type": "max_pool", "kernel": [kernel, kernel], "stride": [2, 2],
+            "padding": [0, 0, 0, 0], "ceil_mode": false,
+        })
+    };
+    let layer = |outputs| conv(outputs, quantized(4, 16, 4));
+    let chain = |kernel| {
+        [
+            node("a", &["x"], layer(16)),
+            node("b", &["a"], relu()),
+            node("c", &["b"], pool(kernel)),
+            node("d", &["c"], layer(33)),
+            node("e", &["d"], pool(kernel)),
+        ]
+    };
+    let read_twice = [
+        node("a", &["x"], layer(16)),
+        node("b", &["a"], relu()),
+        node("c", &["b"], pool(2)),
+        node("d", &["b"], pool(2)),
+        node("e", &["c", "d"], json!({"type": "add"})),
+    ];
+    for (nodes, output) in [
+        (&chain(2)[..], "e"),
+        (&chain(3)[..], "e"),
+        (&read_twice[..], "e"),
+        (&chain(2)[..3], "b"),
+    ] {
+        for size in [[12, 12], [13, 31], [7, 64]] {
+            let network = network(&[16, size[0], size[1]], nodes, Some(output));
+            let mut input = Random(8).floats(2 * 16 * size[0] * size[1]);
+            input[5] = f32::NAN;
+            for isa in Isa::available() {
+                for precision in [Precision::Exact, Precision::Fast, Precision::Int8] {
+                    let options = Options {
+                        isa: Some(isa),
+                        precision,
+                    };
+                    let session = Session::new(&network, options).unwrap();
+                    let mut workspace = Workspace::new(&session, 2).unwrap();
+                    let mut expected = Vec::new();
+                    let keep = |name: &str, value: &[f32]| {
+                        if name == output {
+                            expected = value.iter().map(|v| v.to_bits()).collect();
+                        }
+                    };
+                    session.trace(&mut workspace, &input, 2, keep).unwrap();
+                    let mut got = vec![0.0; 2 * session.output_len()];
+                    session.run(&mut workspace, &input, 2, &mut got).unwrap();
+                    let got: Vec<u32> = got.iter().map(|v| v.to_bits()).collect();
+                    assert_eq!(got, expected, "{isa} {precision:?} {size:?}");
+                }
+            }
+        }
+    }
+}
+
 fn relu() -> Value {
     json!({"type": "relu"})
 }

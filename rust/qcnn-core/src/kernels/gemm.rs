@@ -192,9 +192,7 @@ impl<S: Simd, F: Factors> IntegerGemmConv<S, F> {
         let multiply = 2.2 * F::cycles::<S>() * multiply_cycles::<S>() * outputs as f64;
         let pack = 5.0 * vector_cycles::<S>() * F::GROUP as f64;
         let cycles = depth(g).div_ceil(F::GROUP) as f64 * (multiply + pack);
-        // And writing each response.
-        let responses = g.out_channels * g.out_pixels();
-        let cycles = (g.groups * panels) as f64 * cycles + responses as f64;
+        let cycles = (g.groups * panels) as f64 * cycles;
         Candidate::new(cycles, move || Self::new(simd, layer, rounding, &scale))
     }
 

@@ -77,6 +77,22 @@ pub trait Kernel: Debug + Send + Sync {
         false
     }
 
+    /// Whether there is [`run_pooled`](Self::run_pooled).
+    fn pools(&self) -> bool {
+        false
+    }
+
+    /// As [`run`](Self::run), with ReLU if asked for, and write only the greatest response
+    /// of each window of 2 x 2: windows lie side by side, a last row or column that fills
+    /// none is left out.
+    ///
+    /// # Panics
+    ///
+    /// If it does not [pool](Self::pools).
+    fn run_pooled(&self, _relu: bool, _: usize, _: &[f32], _: &mut [f32], _: &mut [f32]) {
+        unreachable!("does not pool");
+    }
+
     /// Prepare [`run_folded`](Self::run_folded) for a normalisation, or return false.
     fn fold(&mut self, _: &BatchNorm) -> bool {
         false
@@ -331,7 +347,7 @@ fn tile_kernels<'a>(_: Level, _: &'a ConvLayer<'a>, _: Precision) -> Vec<Candida
     Vec::new()
 }
 
-/// As [`conv_kernels`], also for levels that no session uses.
+/// Those that all levels have, in no order; also for levels that no session uses.
 fn conv_kernels_of<'a, S: Simd>(
     layer: &'a ConvLayer<'a>,
     simd: S,
@@ -352,7 +368,6 @@ fn conv_kernels_of<'a, S: Simd>(
     candidates.extend(IntegerGemmConv::<_, Bytes>::exact(simd, layer));
     candidates.extend(DirectConv::candidate(simd, layer));
     candidates.push(GemmConv::candidate(simd, layer));
-    candidates.sort_by(|a, b| a.cycles.total_cmp(&b.cycles));
     candidates
 }
 

@@ -487,7 +487,12 @@ impl ConvCase {
             factor_tolerances(&layer, self.n, &input, &expected.magnitudes);
         let failures: Vec<String> = all_conv_kernels(&layer)
             .iter()
-            .filter_map(|kernel| expected.check(&*kernel.build(), self.n, &input).err())
+            .map(|kernel| kernel.build())
+            .filter_map(|kernel| {
+                let result = expected.check(&*kernel, self.n, &input);
+                let pooled = || check_pooled(&*kernel, &geometry, self.n, &input);
+                result.and_then(|()| pooled()).err()
+            })
             .collect();
         if failures.is_empty() {
             Ok(())
@@ -550,6 +555,40 @@ impl FcCase {
             Err(format!("{self:?}:\n    {}", failures.join("\n    ")))
         }
     }
+}
+
+/// Pooled responses are the greatest of those that are not, to the bit.
+fn check_pooled(
+    kernel: &dyn Kernel,
+    geometry: &ConvGeometry,
+    n: usize,
+    input: &[f32],
+) -> Result<(), String> {
+    let [height, width] = geometry.out_size.map(|extent| extent / 2);
+    if !kernel.pools() || height * width == 0 {
+        return Ok(());
+    }
+    let mut scratch = vec![f32::NAN; kernel.scratch_len(n)];
+    let mut responses = vec![f32::NAN; n * geometry.out_channels * geometry.out_pixels()];
+    kernel.run(n, input, &mut responses, &mut scratch);
+    for relu in [false, true] {
+        let mut pooled = vec![f32::NAN; n * geometry.out_channels * height * width];
+        kernel.run_pooled(relu, n, input, &mut pooled, &mut scratch);
+        let floor = if relu { 0.0 } else { f32::NEG_INFINITY };
+        let maps = responses.chunks_exact(geometry.out_pixels());
+        let expected = maps.flat_map(|map| {
+            (0..height * width).map(move |i| {
+                let first = i / width * 2 * geometry.out_size[1] + i % width * 2;
+                [0, 1, geometry.out_size[1], geometry.out_size[1] + 1]
+                    .into_iter()
+                    .fold(floor, |greatest: f32, at| greatest.max(map[first + at]))
+            })
+        });
+        if !pooled.iter().copied().eq(expected) {
+            return Err(format!("{}: pooled responses differ", kernel.name()));
+        }
+    }
+    Ok(())
 }
 
 fn report(failures: &[String]) {

@@ -12,7 +12,9 @@
 //! of a run, 64 bytes for each of up to 16 outputs that are neighbours in a row of the map,
 //! is a tile as it lies in the image: there is no im2col matrix. All blocks of an output
 //! together are multiplied with a panel of weights, which is two tiles wide. A multiplication
-//! takes a cycle for each pixel, so the pixels of a row are split evenly.
+//! takes a cycle for each pixel, so the pixels of a row are split evenly. A product is of
+//! the tiles of two rows, one below the other: in part they read the same pixels, and
+//! windows of max-pooling lie in them.
 //!
 //! # Digits
 //!
@@ -104,6 +106,9 @@ struct Image {
     /// Tiles of a row of the map, and pixels of each; the last one may have less.
     tiles: usize,
     tile_pixels: usize,
+    /// Quads of all pixels, and what else is read behind the last one: pixels of a tile
+    /// behind those of the map, quads of a block behind those of a run.
+    len: usize,
 }
 
 impl Image {
@@ -116,7 +121,7 @@ impl Image {
             quads
         };
         let tiles = g.out_size[1].div_ceil(TILE);
-        Self {
+        let mut image = Self {
             quads,
             pixel,
             row: g.padded_size()[1] * pixel,
@@ -127,7 +132,14 @@ impl Image {
             },
             tiles,
             tile_pixels: g.out_size[1].div_ceil(tiles),
-        }
+            len: 0,
+        };
+        let last = image.tile(g, [g.out_size[0] - 1, tiles - 1]);
+        let last = last + (image.tile_pixels - 1) * g.stride[1] * pixel;
+        let read = last + image.starts(g).max().unwrap_or(0) + TILE;
+        let all = g.padded_size()[0] * image.row;
+        image.len = read.max(all).next_multiple_of(TILE);
+        image
     }
 
     /// Blocks of a run.
@@ -157,20 +169,14 @@ impl Image {
         })
     }
 
-    /// Where the first pixel of a tile is.
-    fn tile(&self, g: &ConvGeometry, tile: usize) -> usize {
-        let [y, x] = [tile / self.tiles, tile % self.tiles * self.tile_pixels];
-        y * g.stride[0] * self.row + x * g.stride[1] * self.pixel
+    /// The upper row and the tile of a product.
+    fn place(&self, product: usize) -> [usize; 2] {
+        [product / self.tiles * 2, product % self.tiles]
     }
 
-    /// Quads of all pixels, and what else is read behind the last one: pixels of a tile
-    /// behind those of the map, quads of a block behind those of a run.
-    fn len(&self, g: &ConvGeometry) -> usize {
-        let last = self.tile(g, self.tiles * g.out_size[0] - 1);
-        let last = last + (self.tile_pixels - 1) * g.stride[1] * self.pixel;
-        let read = last + self.starts(g).max().unwrap_or(0) + TILE;
-        read.max(g.padded_size()[0] * self.row)
-            .next_multiple_of(TILE)
+    /// Where the first pixel of a tile of a row of the map is.
+    fn tile(&self, g: &ConvGeometry, [y, tile]: [usize; 2]) -> usize {
+        y * g.stride[0] * self.row + tile * self.tile_pixels * g.stride[1] * self.pixel
     }
 }
 
@@ -190,15 +196,16 @@ impl<const DIGITS: usize> TilesConv<DIGITS> {
         if depth(g) > MAX_DEPTH || pixels.checked_mul(image.pixel)? > u32::MAX as usize / 2 {
             return None;
         }
-        let products = (image.tiles * g.out_size[0]).div_ceil(2);
+        let products = image.tiles * g.out_size[0].div_ceil(2);
         let panels = g.group_out_channels().div_ceil(Self::OUTPUTS);
-        // For a block of a product: multiplications, or loads. Then each input and output.
+        // For a block of a product: multiplications, or loads. Then bytes of each input;
+        // writing responses is left out, as it is of all kernels.
         let block = match DIGITS {
             1 => 5.5 * image.tile_pixels.max(14) as f64,
             _ => 9.5 * image.tile_pixels.max(14) as f64,
         };
-        let values = pixels * g.group_in_channels() + g.group_out_channels() * g.out_pixels();
-        let cycles = (products * panels * image.blocks(g)) as f64 * block + 1.2 * values as f64;
+        let inputs = pixels * g.group_in_channels();
+        let cycles = (products * panels * image.blocks(g)) as f64 * block + 1.2 * inputs as f64;
         let cycles = g.groups as f64 * cycles;
         Some(Candidate::new(cycles, move || Self::new(amx, layer)))
     }
@@ -285,10 +292,10 @@ impl<const DIGITS: usize> TilesConv<DIGITS> {
         }
     }
 
-    /// Rows of the map that are multiplied with all weights before the next ones.
-    fn block_rows(&self) -> usize {
-        let row = DIGITS * self.geometry.stride[0] * self.image.row;
-        (BLOCK_QUADS / row).clamp(1, self.geometry.out_size[0])
+    /// Pairs of rows of the map that are multiplied with all weights before the next ones.
+    fn block_pairs(&self) -> usize {
+        let pair = 2 * DIGITS * self.geometry.stride[0] * self.image.row;
+        (BLOCK_QUADS / pair).max(1)
     }
 
     /// Rows of an input that become bytes at a time.
@@ -306,7 +313,7 @@ impl<const DIGITS: usize> TilesConv<DIGITS> {
     fn scratch_parts(&self) -> [usize; 3] {
         [
             DIGITS * TILE * self.strip_stride(),
-            DIGITS * self.image.len(&self.geometry),
+            DIGITS * self.image.len,
             WRITTEN_TOGETHER * size_of::<Sums>() / size_of::<i32>(),
         ]
     }
@@ -326,21 +333,76 @@ impl<const DIGITS: usize> Kernel for TilesConv<DIGITS> {
     }
 
     fn run(&self, n: usize, input: &[f32], output: &mut [f32], scratch: &mut [f32]) {
-        self.images(n, input, output, scratch, f32::NEG_INFINITY);
+        let finish = Finish {
+            floor: f32::NEG_INFINITY,
+            pooled: false,
+        };
+        self.images(n, input, output, scratch, finish);
     }
 
     fn run_relu(&self, n: usize, input: &[f32], output: &mut [f32], scratch: &mut [f32]) -> bool {
-        self.images(n, input, output, scratch, 0.0);
+        let finish = Finish {
+            floor: 0.0,
+            pooled: false,
+        };
+        self.images(n, input, output, scratch, finish);
         true
+    }
+
+    fn pools(&self) -> bool {
+        // Windows may not begin in one tile and end in another.
+        self.image.tiles == 1 || self.image.tile_pixels.is_multiple_of(2)
+    }
+
+    fn run_pooled(
+        &self,
+        relu: bool,
+        n: usize,
+        input: &[f32],
+        output: &mut [f32],
+        scratch: &mut [f32],
+    ) {
+        let finish = Finish {
+            floor: if relu { 0.0 } else { f32::NEG_INFINITY },
+            pooled: true,
+        };
+        self.images(n, input, output, scratch, finish);
+    }
+}
+
+/// What happens to responses before they are written.
+#[derive(Clone, Copy, Debug)]
+struct Finish {
+    /// None is less.
+    floor: f32,
+    /// Only the greatest of each window of 2 x 2 is written.
+    pooled: bool,
+}
+
+impl Finish {
+    /// Extent of the map that is written.
+    fn size(self, g: &ConvGeometry) -> [usize; 2] {
+        if self.pooled {
+            g.out_size.map(|extent| extent / 2)
+        } else {
+            g.out_size
+        }
     }
 }
 
 impl<const DIGITS: usize> TilesConv<DIGITS> {
-    /// Responses of `n` images, not less than `floor`.
-    fn images(&self, n: usize, input: &[f32], output: &mut [f32], scratch: &mut [f32], floor: f32) {
+    /// Responses of `n` images.
+    fn images(
+        &self,
+        n: usize,
+        input: &[f32],
+        output: &mut [f32],
+        scratch: &mut [f32],
+        finish: Finish,
+    ) {
         let g = &self.geometry;
         let group_in = g.group_in_channels() * g.in_pixels();
-        let group_out = g.group_out_channels() * g.out_pixels();
+        let group_out = g.group_out_channels() * finish.size(g).iter().product::<usize>();
         let [strip_len, image_len, sums_len] = self.scratch_parts();
         let (strip, rest) = scratch.split_at_mut(strip_len);
         let (image, rest) = rest.split_at_mut(image_len);
@@ -354,13 +416,14 @@ impl<const DIGITS: usize> TilesConv<DIGITS> {
             let mut group = GroupOutput {
                 group: i % g.groups,
                 scale: self.rounding.scale(self.amx.simd().call(Extremes(input))),
-                floor,
+                finish,
                 output,
             };
             self.fill(input, group.scale, strip, image);
-            for first in (0..g.out_size[0]).step_by(self.block_rows()) {
-                let rows = first..(first + self.block_rows()).min(g.out_size[0]);
-                self.products(&tiles, image, rows, sums, &mut group);
+            let pairs = g.out_size[0].div_ceil(2);
+            for first in (0..pairs).step_by(self.block_pairs()) {
+                let pairs = first..(first + self.block_pairs()).min(pairs);
+                self.products(&tiles, image, pairs, sums, &mut group);
             }
         }
     }
@@ -373,7 +436,7 @@ impl<const DIGITS: usize> TilesConv<DIGITS> {
         let zero = if DIGITS == 1 { scale.zero - 128 } else { 0 };
         let padding = u32::from_le_bytes([zero.to_le_bytes()[0]; QUAD]);
         let inner = g.padding.left * self.image.pixel..(g.padding.left + width) * self.image.pixel;
-        for image in image.chunks_exact_mut(self.image.len(g)) {
+        for image in image.chunks_exact_mut(self.image.len) {
             for (y, row) in image.chunks_mut(self.image.row).enumerate() {
                 if (g.padding.top..g.padding.top + height).contains(&y) {
                     row[..inner.start].fill(padding);
@@ -403,7 +466,7 @@ impl<const DIGITS: usize> TilesConv<DIGITS> {
                     self.round(inputs, scale.factor, zero, targets);
                 }
                 let strips = [&*high, &*low].into_iter();
-                let images = image.chunks_exact_mut(self.image.len(g));
+                let images = image.chunks_exact_mut(self.image.len);
                 for (strip, image) in strips.zip(images) {
                     self.amx.simd().call(Place {
                         kernel: self,
@@ -417,45 +480,43 @@ impl<const DIGITS: usize> TilesConv<DIGITS> {
         }
     }
 
-    /// Compute some rows of the map of a group.
+    /// Compute some pairs of rows of the map of a group.
     fn products(
         &self,
         tiles: &Tiles,
         image: &[u32],
-        rows: Range<usize>,
+        pairs: Range<usize>,
         sums: &mut [Sums],
         group: &mut GroupOutput<'_>,
     ) {
         let g = &self.geometry;
-        let image_len = self.image.len(g);
-        assert!(image.len() >= DIGITS * image_len);
-        let together = 2 * WRITTEN_TOGETHER;
-        let tile_range = rows.start * self.image.tiles..rows.end * self.image.tiles;
+        assert!(image.len() >= DIGITS * self.image.len);
+        let products = pairs.start * self.image.tiles..pairs.end * self.image.tiles;
         let weights = self
             .weights
             .chunks_exact(2 * self.starts.len() * TILE_QUADS);
         let weights = weights.skip(group.group * self.group_panels());
         for (panel, weights) in weights.take(self.group_panels()).enumerate() {
-            for first in tile_range.clone().step_by(together) {
-                let written = first..(first + together).min(tile_range.end);
-                let of_products = written.clone().step_by(2);
-                for (tile, sums) in of_products.zip(&mut *sums) {
-                    let second = (tile + 1).min(tile_range.end - 1);
+            for first in products.clone().step_by(WRITTEN_TOGETHER) {
+                let products = first..(first + WRITTEN_TOGETHER).min(products.end);
+                for (product, sums) in products.clone().zip(&mut *sums) {
+                    let [y, tile] = self.image.place(product);
+                    // The last row may have none below it.
+                    let rows = [y, (y + 1).min(g.out_size[0] - 1)];
                     let pixels = Pixels {
-                        tiles: [tile, second]
-                            .map(|tile| image[self.image.tile(g, tile)..].as_ptr()),
-                        low: image_len,
+                        tiles: rows.map(|y| image[self.image.tile(g, [y, tile])..].as_ptr()),
+                        low: self.image.len,
                         starts: &self.starts,
                         stride: g.stride[1] * self.image.pixel,
                     };
-                    // SAFETY: there are two tiles of weights of all digits for each block,
-                    // and an image has all that its last tile reads, see `Image::len`.
+                    // SAFETY: there are two tiles of weights for each block, and an image
+                    // has all that its last tile reads, see `Image::len`.
                     unsafe { tiles.multiply::<DIGITS>(pixels, weights.as_ptr(), sums) }
                 }
                 self.amx.simd().call(Write {
                     kernel: self,
                     panel,
-                    tiles: written,
+                    products,
                     sums,
                     group,
                 });
@@ -469,8 +530,7 @@ struct GroupOutput<'a> {
     group: usize,
     /// Of the inputs.
     scale: Scale,
-    /// The least response.
-    floor: f32,
+    finish: Finish,
     output: &'a mut [f32],
 }
 
@@ -520,11 +580,11 @@ impl<const DIGITS: usize> Task for Place<'_, DIGITS> {
     }
 }
 
-/// Make responses of the sums of some tiles of pixels, for a panel of outputs.
+/// Make responses of the sums of some products, for a panel of outputs.
 struct Write<'a, 'b, const DIGITS: usize> {
     kernel: &'a TilesConv<DIGITS>,
     panel: usize,
-    tiles: Range<usize>,
+    products: Range<usize>,
     sums: &'a [Sums],
     group: &'a mut GroupOutput<'b>,
 }
@@ -536,10 +596,16 @@ impl<const DIGITS: usize> Task for Write<'_, '_, DIGITS> {
     fn run<S: Simd>(self, simd: S) {
         let kernel = self.kernel;
         let (g, image) = (&kernel.geometry, &kernel.image);
-        let GroupOutput { group, scale, .. } = *self.group;
+        let GroupOutput {
+            group,
+            scale,
+            finish,
+            ..
+        } = *self.group;
         let panel = &kernel.panels[group * kernel.group_panels() + self.panel];
-        let floor = simd.splat(self.group.floor);
-        let maps = self.group.output.chunks_mut(TILE * g.out_pixels());
+        let floor = simd.splat(finish.floor);
+        let [height, width] = finish.size(g);
+        let maps = self.group.output.chunks_mut(TILE * height * width);
         let n = TilesConv::<DIGITS>::OUTPUTS / TILE;
         for (half, maps) in maps.skip(n * self.panel).take(n).enumerate() {
             let outputs = half * TILE..(half + 1) * TILE;
@@ -550,35 +616,56 @@ impl<const DIGITS: usize> Task for Write<'_, '_, DIGITS> {
             let zeros = simd.load_first(&panel.zeros[outputs.clone()]);
             let zeros = simd.mul(zeros, simd.splat((128 - scale.zero) as f32));
             let bias = simd.load_first(&panel.bias[outputs]);
-            for (i, tile) in self.tiles.clone().enumerate() {
-                let [y, x] = [tile / image.tiles, tile % image.tiles * image.tile_pixels];
-                let pixels = image.tile_pixels.min(g.out_size[1] - x);
-                let mut responses = [[0.0f32; TILE]; TILE];
-                let sums = &self.sums[i / 2][i % 2][..pixels];
-                for (sums, responses) in sums.iter().zip(&mut responses) {
-                    // SAFETY: there are as many sums as a vector has lanes on this level.
-                    let load =
-                        |i: usize| simd.float_i32(unsafe { simd.load_i32(sums[i].as_ptr()) });
-                    let sums = if DIGITS == 1 {
-                        simd.add(load(half), zeros)
-                    } else {
-                        simd.mul_add(load(0), simd.splat(256.0), load(1))
-                    };
-                    let response = simd.max(simd.mul_add(sums, units, bias), floor);
-                    simd.store_first(responses, response);
-                }
-                let rows = maps.len() / g.out_pixels();
-                let target = &mut maps[y * g.out_size[1] + x..];
-                assert!((rows - 1) * g.out_pixels() + pixels <= target.len());
+            // Of a pixel.
+            let response = |sums: &[[i32; TILE]; 2]| {
+                // SAFETY: there are as many sums as a vector has lanes on this level.
+                let load = |i: usize| simd.float_i32(unsafe { simd.load_i32(sums[i].as_ptr()) });
+                let sums = if DIGITS == 1 {
+                    simd.add(load(half), zeros)
+                } else {
+                    simd.mul_add(load(0), simd.splat(256.0), load(1))
+                };
+                simd.max(simd.mul_add(sums, units, bias), floor)
+            };
+            let rows = maps.len() / (height * width);
+            let mut write = |y: usize, x: usize, responses: &[[f32; TILE]; TILE], pixels: usize| {
+                let target = &mut maps[y * width + x..];
+                assert!((rows - 1) * height * width + pixels <= target.len());
                 // SAFETY: the source has a row for each lane, the target those of all maps.
                 unsafe {
                     simd.transpose(
                         responses.as_ptr().cast(),
                         TILE,
                         target.as_mut_ptr(),
-                        g.out_pixels(),
+                        height * width,
                         [rows, pixels],
                     );
+                }
+            };
+            let mut responses = [[0.0f32; TILE]; TILE];
+            for (product, sums) in self.products.clone().zip(self.sums) {
+                let [y, tile] = image.place(product);
+                let x = tile * image.tile_pixels;
+                let pixels = image.tile_pixels.min(g.out_size[1] - x);
+                if finish.pooled {
+                    if y / 2 == height {
+                        continue;
+                    }
+                    let columns = sums[0][..pixels].chunks_exact(2);
+                    let columns = columns.zip(sums[1][..pixels].chunks_exact(2));
+                    for ((upper, lower), greatest) in columns.zip(&mut responses) {
+                        let [upper, lower] = [upper, lower]
+                            .map(|sums| simd.max(response(&sums[0]), response(&sums[1])));
+                        simd.store_first(greatest, simd.max(upper, lower));
+                    }
+                    write(y / 2, x / 2, &responses, pixels / 2);
+                    continue;
+                }
+                for (y, sums) in (y..height).zip(sums) {
+                    for (sums, responses) in sums[..pixels].iter().zip(&mut responses) {
+                        simd.store_first(responses, response(sums));
+                    }
+                    write(y, x, &responses, pixels);
                 }
             }
         }

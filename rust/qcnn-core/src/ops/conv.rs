@@ -67,9 +67,7 @@ impl<S: Simd> GemmConv<S> {
         let vectors = g.out_pixels().next_multiple_of(Self::COLUMNS) / S::LANES;
         // Multiplying one vector, packing one.
         let cycles = 1.25 * multiply_cycles::<S>() * outputs as f64 + 4.0;
-        // And writing each response.
-        let responses = g.out_channels * g.out_pixels();
-        let cycles = (g.groups * depth * vectors) as f64 * cycles + responses as f64;
+        let cycles = (g.groups * depth * vectors) as f64 * cycles;
         Candidate::new(cycles, move || Self::new(simd, layer))
     }
 

@@ -69,6 +69,13 @@ impl Pool {
         }
     }
 
+    /// Whether this takes the greatest value of windows of 2 x 2 that lie side by side, none
+    /// with any padding.
+    pub(crate) fn is_max_of_two_by_two(&self) -> bool {
+        let g = &self.geometry;
+        self.reduction == Reduction::Max && g.kernel == [2, 2] && halves(g)
+    }
+
     /// Elements of the row that [`reduce_plane`] reads: padding, input, padding
     /// up to the end of the last vector of windows on any level.
     fn row_len(&self) -> usize {
