@@ -138,16 +138,17 @@ impl Step {
 
     /// Fold a normalisation and a sign that follow at once into the kernel.
     fn fold(&mut self, norm: &Self, sign: &Self) {
-        let in_place = norm.changes(self) && sign.changes(norm);
+        if !norm.changes(self) || !sign.changes(norm) {
+            return;
+        }
         if let (
             Action::Kernel(kernel),
             Action::BatchNorm { norm, .. },
             Action::Activation(Activation::Sign),
         ) = (&mut self.action, &norm.action, &sign.action)
+            && kernel.fold(norm)
         {
-            if in_place && kernel.fold(norm) {
-                self.fused = Fused::Sign;
-            }
+            self.fused = Fused::Sign;
         }
     }
 

@@ -387,7 +387,7 @@ mod tests {
             for (i, (high, low)) in high.iter().zip(&low).enumerate() {
                 for (row, values) in rows.iter().enumerate() {
                     let number = 256 * byte(*high, row) + byte(*low, row);
-                    assert_eq!(number as f32, values[i] * 2.0);
+                    assert_eq!(number, (values[i] * 2.0) as i32);
                 }
             }
         }
@@ -404,8 +404,8 @@ mod tests {
             amx.bytes(rows.each_ref().map(|row| &**row), 2.0, -128, &mut got);
             for (i, quad) in got.iter().enumerate() {
                 for (row, values) in rows.iter().enumerate() {
-                    let expected = (values[i] * 2.0 - 128.0).round_ties_even();
-                    assert_eq!(byte(*quad, row) as f32, expected);
+                    let expected = (values[i] * 2.0 - 128.0).round_ties_even() as i32;
+                    assert_eq!(byte(*quad, row), expected);
                 }
             }
         }
@@ -439,7 +439,7 @@ mod tests {
             let mut sums: Sums = [[[[12_345; TILE]; 2]; TILE]; 2];
             let mut of_digits = sums;
             let inputs = Pixels {
-                tiles: images.each_ref().map(|image| image.as_ptr()),
+                tiles: images.each_ref().map(Vec::as_ptr),
                 low,
                 starts: &starts,
                 stride,

@@ -116,7 +116,7 @@ impl Image {
         let quads = g.group_in_channels().div_ceil(QUAD);
         let whole = quads.is_multiple_of(TILE);
         let pixel = if whole {
-            (quads / TILE | 1) * TILE
+            ((quads / TILE) | 1) * TILE
         } else {
             quads
         };
@@ -198,14 +198,15 @@ impl<const DIGITS: usize> TilesConv<DIGITS> {
         }
         let products = image.tiles * g.out_size[0].div_ceil(2);
         let panels = g.group_out_channels().div_ceil(Self::OUTPUTS);
-        // For a block of a product: multiplications, or loads. Then bytes of each input;
-        // writing responses is left out, as it is of all kernels.
+        // For a block of a product: multiplications, or loads. Beside that, storing sums, and
+        // bytes of each input; writing responses is left out, as it is of all kernels.
         let block = match DIGITS {
             1 => 5.5 * image.tile_pixels.max(14) as f64,
             _ => 9.5 * image.tile_pixels.max(14) as f64,
         };
+        let product = image.blocks(g) as f64 * block + 100.0;
         let inputs = pixels * g.group_in_channels();
-        let cycles = (products * panels * image.blocks(g)) as f64 * block + 1.2 * inputs as f64;
+        let cycles = (products * panels) as f64 * product + 1.2 * inputs as f64;
         let cycles = g.groups as f64 * cycles;
         Some(Candidate::new(cycles, move || Self::new(amx, layer)))
     }
@@ -603,71 +604,117 @@ impl<const DIGITS: usize> Task for Write<'_, '_, DIGITS> {
             ..
         } = *self.group;
         let panel = &kernel.panels[group * kernel.group_panels() + self.panel];
-        let floor = simd.splat(finish.floor);
         let [height, width] = finish.size(g);
         let maps = self.group.output.chunks_mut(TILE * height * width);
         let n = TilesConv::<DIGITS>::OUTPUTS / TILE;
         for (half, maps) in maps.skip(n * self.panel).take(n).enumerate() {
-            let outputs = half * TILE..(half + 1) * TILE;
-            let digit = if DIGITS == 1 { 1.0 } else { 256.0 };
-            let units = simd.load_first(&panel.units[outputs.clone()]);
-            let units = simd.mul(units, simd.splat(scale.unit * digit));
-            // What stands for 0, less 128, was multiplied with all weights.
-            let zeros = simd.load_first(&panel.zeros[outputs.clone()]);
-            let zeros = simd.mul(zeros, simd.splat((128 - scale.zero) as f32));
-            let bias = simd.load_first(&panel.bias[outputs]);
-            // Of a pixel.
-            let response = |sums: &[[i32; TILE]; 2]| {
-                // SAFETY: there are as many sums as a vector has lanes on this level.
-                let load = |i: usize| simd.float_i32(unsafe { simd.load_i32(sums[i].as_ptr()) });
-                let sums = if DIGITS == 1 {
-                    simd.add(load(half), zeros)
-                } else {
-                    simd.mul_add(load(0), simd.splat(256.0), load(1))
-                };
-                simd.max(simd.mul_add(sums, units, bias), floor)
-            };
-            let rows = maps.len() / (height * width);
-            let mut write = |y: usize, x: usize, responses: &[[f32; TILE]; TILE], pixels: usize| {
-                let target = &mut maps[y * width + x..];
-                assert!((rows - 1) * height * width + pixels <= target.len());
-                // SAFETY: the source has a row for each lane, the target those of all maps.
-                unsafe {
-                    simd.transpose(
-                        responses.as_ptr().cast(),
-                        TILE,
-                        target.as_mut_ptr(),
-                        height * width,
-                        [rows, pixels],
-                    );
-                }
-            };
+            let rescale = Rescale::<S, DIGITS>::new(simd, panel, half, scale, finish.floor);
             let mut responses = [[0.0f32; TILE]; TILE];
             for (product, sums) in self.products.clone().zip(self.sums) {
                 let [y, tile] = image.place(product);
                 let x = tile * image.tile_pixels;
                 let pixels = image.tile_pixels.min(g.out_size[1] - x);
-                if finish.pooled {
-                    if y / 2 == height {
-                        continue;
+                if !finish.pooled {
+                    for (y, sums) in (y..height).zip(sums) {
+                        for (sums, responses) in sums[..pixels].iter().zip(&mut responses) {
+                            simd.store_first(responses, rescale.responses(simd, sums));
+                        }
+                        write_maps(
+                            simd,
+                            &responses,
+                            pixels,
+                            &mut maps[y * width + x..],
+                            height * width,
+                        );
                     }
-                    let columns = sums[0][..pixels].chunks_exact(2);
-                    let columns = columns.zip(sums[1][..pixels].chunks_exact(2));
-                    for ((upper, lower), greatest) in columns.zip(&mut responses) {
-                        let [upper, lower] = [upper, lower]
-                            .map(|sums| simd.max(response(&sums[0]), response(&sums[1])));
+                } else if y / 2 < height && pixels > 1 {
+                    let windows = sums[0][..pixels].chunks_exact(2);
+                    let windows = windows.zip(sums[1][..pixels].chunks_exact(2));
+                    for ((upper, lower), greatest) in windows.zip(&mut responses) {
+                        let upper = rescale.greatest(simd, [&upper[0], &upper[1]]);
+                        let lower = rescale.greatest(simd, [&lower[0], &lower[1]]);
                         simd.store_first(greatest, simd.max(upper, lower));
                     }
-                    write(y / 2, x / 2, &responses, pixels / 2);
-                    continue;
-                }
-                for (y, sums) in (y..height).zip(sums) {
-                    for (sums, responses) in sums[..pixels].iter().zip(&mut responses) {
-                        simd.store_first(responses, response(sums));
-                    }
-                    write(y, x, &responses, pixels);
+                    let maps = &mut maps[y / 2 * width + x / 2..];
+                    write_maps(simd, &responses, pixels / 2, maps, height * width);
                 }
             }
         }
+    }
+}
+
+/// What makes responses of the sums of 16 outputs.
+struct Rescale<S: Simd, const DIGITS: usize> {
+    /// Of the outputs of a panel, which 16.
+    half: usize,
+    units: S::F32,
+    zeros: S::F32,
+    bias: S::F32,
+    floor: S::F32,
+}
+
+impl<S: Simd, const DIGITS: usize> Rescale<S, DIGITS> {
+    #[inline(always)]
+    fn new(simd: S, panel: &Panel, half: usize, scale: Scale, floor: f32) -> Self {
+        let outputs = half * TILE..(half + 1) * TILE;
+        let unit = if DIGITS == 1 {
+            scale.unit
+        } else {
+            256.0 * scale.unit
+        };
+        let units = simd.load_first(&panel.units[outputs.clone()]);
+        // What stands for 0, less 128, was multiplied with all weights.
+        let zeros = simd.load_first(&panel.zeros[outputs.clone()]);
+        Self {
+            half,
+            units: simd.mul(units, simd.splat(unit)),
+            zeros: simd.mul(zeros, simd.splat((128 - scale.zero) as f32)),
+            bias: simd.load_first(&panel.bias[outputs]),
+            floor: simd.splat(floor),
+        }
+    }
+
+    /// Those of a pixel.
+    #[inline(always)]
+    fn responses(&self, simd: S, sums: &[[i32; TILE]; 2]) -> S::F32 {
+        // SAFETY: there are as many sums as a vector has lanes on this level.
+        let [first, second] = unsafe {
+            [
+                simd.float_i32(simd.load_i32(sums[0].as_ptr())),
+                simd.float_i32(simd.load_i32(sums[1].as_ptr())),
+            ]
+        };
+        let sums = match (DIGITS, self.half) {
+            (1, 0) => simd.add(first, self.zeros),
+            (1, _) => simd.add(second, self.zeros),
+            _ => simd.mul_add(first, simd.splat(256.0), second),
+        };
+        simd.max(simd.mul_add(sums, self.units, self.bias), self.floor)
+    }
+
+    /// The greater ones of two pixels.
+    #[inline(always)]
+    fn greatest(&self, simd: S, [a, b]: [&[[i32; TILE]; 2]; 2]) -> S::F32 {
+        simd.max(self.responses(simd, a), self.responses(simd, b))
+    }
+}
+
+/// Write the responses of some pixels, for each of up to 16 outputs, to their maps, which
+/// are `map` apart; the target starts where the first one's are.
+#[inline(always)]
+fn write_maps<S: Simd>(
+    simd: S,
+    responses: &[[f32; TILE]; TILE],
+    pixels: usize,
+    target: &mut [f32],
+    map: usize,
+) {
+    // The rest of the first map is there, too.
+    let maps = target.len().div_ceil(map);
+    assert!(pixels <= TILE && (maps - 1) * map + pixels <= target.len());
+    // SAFETY: the source has a row for each lane, the target the pixels of all maps.
+    unsafe {
+        let (source, target) = (responses.as_ptr().cast(), target.as_mut_ptr());
+        simd.transpose(source, TILE, target, map, [maps, pixels]);
     }
 }
