@@ -59,7 +59,7 @@ const GREATEST: f32 = 32_639.0;
 const BLOCK_QUADS: usize = (1 << 20) / QUAD;
 
 /// Products whose responses are written together, while their sums are in L1.
-const WRITTEN_TOGETHER: usize = 4;
+const WRITTEN_TOGETHER: usize = 8;
 
 /// Pixels of an input that become bytes at a time, roughly.
 const STRIP: usize = 256;
