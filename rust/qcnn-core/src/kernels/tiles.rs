@@ -48,6 +48,9 @@ use crate::memory::Buffer;
 /// Products per output.
 const MAX_DEPTH: usize = 1 << 15;
 
+/// Quads of an image, a GiB: 32 bits are enough for where blocks start.
+const MAX_QUADS: usize = 1 << 28;
+
 /// Channels of a quad: bytes that are multiplied together.
 const QUAD: usize = 4;
 
@@ -191,9 +194,8 @@ impl<const DIGITS: usize> TilesConv<DIGITS> {
         }
         let g = layer.geometry;
         let image = Image::new(g);
-        // Quads are addressed with 32 bits, some behind the image included.
         let pixels = g.padded_size().iter().product::<usize>();
-        if depth(g) > MAX_DEPTH || pixels.checked_mul(image.pixel)? > u32::MAX as usize / 2 {
+        if depth(g) > MAX_DEPTH || image.len > MAX_QUADS {
             return None;
         }
         let products = image.tiles * g.out_size[0].div_ceil(2);
