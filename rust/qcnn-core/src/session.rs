@@ -215,9 +215,7 @@ impl Session {
                 plan_action(network, node, geometry, input, options, &mut codes)
             })
             .collect::<Result<Vec<_>>>()?;
-        let pooled: Vec<Fused> = (0..actions.len())
-            .map(|i| pooling(network, &actions, i))
-            .collect();
+        let pooled = pooling(network, &actions);
         let plan = BufferPlan::new(network, &actions, &pooled);
         let operand = |name: &String| Operand {
             place: plan.places[name.as_str()],
@@ -319,36 +317,22 @@ impl Session {
         if self.check(workspace, input, n)? {
             let mut steps = self.steps.iter().peekable();
             while let Some(step) = steps.next() {
-                match step.fused {
-                    Fused::None => {}
-                    Fused::Sign => {
-                        step.run_kernel(
-                            workspace,
-                            input,
-                            n,
-                            step.output,
-                            |kernel, x, y, scratch| {
-                                kernel.run_folded(n, x, y, scratch);
-                                true
-                            },
-                        );
-                        steps.nth(1);
-                        continue;
-                    }
-                    Fused::Pool { relu } => {
-                        let pool = steps.nth(relu.into()).expect("the pooling was there");
-                        step.run_kernel(
-                            workspace,
-                            input,
-                            n,
-                            pool.output,
-                            |kernel, x, y, scratch| {
-                                kernel.run_pooled(relu, n, x, y, scratch);
-                                true
-                            },
-                        );
-                        continue;
-                    }
+                if step.fused == Fused::Sign {
+                    step.run_kernel(workspace, input, n, step.output, |kernel, x, y, scratch| {
+                        kernel.run_folded(n, x, y, scratch);
+                        true
+                    });
+                    // The normalisation and the sign.
+                    steps.nth(1);
+                    continue;
+                }
+                if let Fused::Pool { relu } = step.fused {
+                    let pool = steps.nth(relu.into()).expect("the pooling was there");
+                    step.run_kernel(workspace, input, n, pool.output, |kernel, x, y, scratch| {
+                        kernel.run_pooled(relu, n, x, y, scratch);
+                        true
+                    });
+                    continue;
                 }
                 let relu = steps.next_if(|next| next.is_relu_of(step));
                 let fused = relu.is_some()
@@ -656,31 +640,32 @@ fn plan_action(
     })
 }
 
-/// Whether the kernel of node `i` can run with a max-pooling that follows: nothing else may
-/// read what is in between.
-fn pooling(network: &Network, actions: &[Action], i: usize) -> Fused {
+/// Which kernels can run with a max-pooling that follows: nothing else may read what is in
+/// between.
+fn pooling(network: &Network, actions: &[Action]) -> Vec<Fused> {
     let graph = network.graph();
-    // The next node, if it alone reads the response of the one before.
-    let only_reader = |i: usize| {
-        let name = &graph.nodes[i].name;
-        let mut readers = graph.nodes.iter().filter(|node| node.inputs.contains(name));
-        let next = graph.nodes.get(i + 1)?;
-        let only = readers.next()?.name == next.name && readers.next().is_none();
-        (only && graph.output != *name).then_some(i + 1)
-    };
-    let relu = only_reader(i)
-        .filter(|next| matches!(actions[*next], Action::Activation(Activation::Relu)));
-    let pool = only_reader(relu.unwrap_or(i)).map(|next| &actions[next]);
-    match (&actions[i], pool) {
-        (Action::Kernel(kernel), Some(Action::Pool(pool)))
-            if kernel.pools() && pool.is_max_of_two_by_two() =>
-        {
-            Fused::Pool {
-                relu: relu.is_some(),
-            }
-        }
-        _ => Fused::None,
+    let mut readers: HashMap<&str, usize> = HashMap::from([(&*graph.output, 1)]);
+    for input in graph.nodes.iter().flat_map(|node| &node.inputs) {
+        *readers.entry(input).or_default() += 1;
     }
+    // What reads the response of node `i`, if the next one alone does.
+    let only_reader = |i: usize| {
+        let (name, next) = (&graph.nodes[i].name, graph.nodes.get(i + 1)?);
+        let only = next.inputs.contains(name) && readers[name.as_str()] == 1;
+        only.then(|| &actions[i + 1])
+    };
+    let fused = |i: usize| {
+        let relu = matches!(only_reader(i), Some(Action::Activation(Activation::Relu)));
+        match (&actions[i], only_reader(i + usize::from(relu))) {
+            (Action::Kernel(kernel), Some(Action::Pool(pool)))
+                if kernel.pools() && pool.is_max_of_two_by_two() =>
+            {
+                Fused::Pool { relu }
+            }
+            _ => Fused::None,
+        }
+    };
+    (0..actions.len()).map(fused).collect()
 }
 
 /// Assignment of values to buffers.
