@@ -4,33 +4,7 @@
 use super::{ConvLayer, FcLayer, Weights};
 use crate::geometry::ConvGeometry;
 
-impl Weights<'_> {
-    /// The weight of output `o`, channel `c` of the output's group, and `tap`,
-    /// in a layer with these extents.
-    ///
-    /// `W[o, m * C' + j, tap] = codebooks[m, codes[o, tap, m], j]`
-    fn value(&self, extents: Extents, o: usize, c: usize, tap: usize) -> f32 {
-        match *self {
-            Self::Dense(weight) => weight[(o * extents.channels + c) * extents.taps + tap],
-            Self::Binary { signs, .. } => {
-                f32::from(signs[(o * extents.channels + c) * extents.taps + tap])
-            }
-            Self::ProductQuantized {
-                geometry: pq,
-                codebooks,
-                codes,
-            } => {
-                let (m, j) = (c / pq.subvector_dim, c % pq.subvector_dim);
-                let set = o / (extents.outputs / pq.codebook_groups);
-                let code = usize::from(codes[(o * extents.taps + tap) * pq.n_subspaces + m]);
-                let codeword = (set * pq.n_subspaces + m) * pq.n_centroids + code;
-                codebooks[codeword * pq.subvector_dim + j]
-            }
-        }
-    }
-}
-
-/// What [`Weights::value`] needs to know of a layer.
+/// What [`decode`] needs to know of a layer.
 #[derive(Clone, Copy)]
 struct Extents {
     /// Input channels per group.
@@ -70,11 +44,35 @@ impl FcLayer<'_> {
     }
 }
 
+/// Dense weights; those of codes are
+/// `W[o, m * C' + j, tap] = codebooks[m, codes[o, tap, m], j]`.
 fn decode(weights: &Weights<'_>, extents: Extents) -> Vec<f32> {
-    let mut dense = Vec::with_capacity(extents.outputs * extents.channels * extents.taps);
-    for o in 0..extents.outputs {
-        for c in 0..extents.channels {
-            dense.extend((0..extents.taps).map(|tap| weights.value(extents, o, c, tap)));
+    let (pq, codebooks, codes) = match *weights {
+        Weights::Dense(weight) => return weight.to_vec(),
+        Weights::Binary { signs, .. } => return signs.iter().map(|sign| (*sign).into()).collect(),
+        Weights::ProductQuantized {
+            geometry,
+            codebooks,
+            codes,
+        } => (geometry, codebooks, codes),
+    };
+    let (taps, dim) = (extents.taps, pq.subvector_dim);
+    let mut dense = vec![0.0; extents.outputs * extents.channels * taps];
+    let of_outputs = dense
+        .chunks_exact_mut(extents.channels * taps)
+        .zip(codes.chunks_exact(taps * pq.n_subspaces));
+    for (o, (dense, codes)) in of_outputs.enumerate() {
+        let set = o / (extents.outputs / pq.codebook_groups);
+        for (tap, codes) in codes.chunks_exact(pq.n_subspaces).enumerate() {
+            for (m, code) in codes.iter().enumerate() {
+                let codeword = (set * pq.n_subspaces + m) * pq.n_centroids + usize::from(*code);
+                let codeword = &codebooks[codeword * dim..][..dim];
+                // The last subspace may have fewer channels.
+                let weights = dense[m * dim * taps + tap..].iter_mut().step_by(taps);
+                for (weight, value) in weights.zip(codeword) {
+                    *weight = *value;
+                }
+            }
         }
     }
     dense

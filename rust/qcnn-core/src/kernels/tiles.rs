@@ -247,6 +247,13 @@ impl<const DIGITS: usize> TilesConv<DIGITS> {
             panels
         ];
         let greatest = if DIGITS == 1 { 127.0 } else { GREATEST };
+        // Where the weights of the first output lie for each quad and tap.
+        let quads = 0..self.image.quads;
+        let places: Vec<usize> = quads
+            .flat_map(|quad| (0..taps).map(move |tap| (tap, quad)))
+            .map(|(tap, quad)| self.image.weights_row(tap, quad))
+            .map(|row| (row / TILE * 2 * TILE + row % TILE) * TILE)
+            .collect();
         let absent = vec![0.0; taps];
         let mut digits = [vec![0u32; taps], vec![0u32; taps]];
         for (o, (dense, bias)) in dense.chunks_exact(depth(g)).zip(bias).enumerate() {
@@ -258,24 +265,26 @@ impl<const DIGITS: usize> TilesConv<DIGITS> {
                 group * self.group_panels() + o / Self::OUTPUTS,
                 o % Self::OUTPUTS,
             );
+            let first = panel * blocks * 2 * TILE_QUADS + o / TILE * TILE_QUADS + o % TILE;
             let mut sum = 0;
-            for (quad, dense) in dense.chunks(QUAD * taps).enumerate() {
+            let quads = dense.chunks(QUAD * taps);
+            for (dense, places) in quads.zip(places.chunks_exact(taps)) {
                 let mut channels = dense.chunks_exact(taps);
                 let channels = [(); QUAD].map(|()| channels.next().unwrap_or(&absent));
                 let [high, low] = &mut digits;
                 self.round(channels, scale, 0, [high, low]);
                 for (digit, weights) in digits.iter().take(DIGITS).enumerate() {
-                    for (tap, weights) in weights.iter().enumerate() {
-                        let row = self.image.weights_row(tap, quad);
-                        let tile = (panel * blocks + row / TILE) * 2 + o / TILE + digit;
-                        self.weights[(tile * TILE + row % TILE) * TILE + o % TILE] = *weights;
-                        let weights = weights.to_le_bytes().map(u8::cast_signed);
-                        sum += weights.into_iter().map(i32::from).sum::<i32>();
+                    for (place, weights) in places.iter().zip(weights) {
+                        self.weights[first + digit * TILE_QUADS + place] = *weights;
                     }
+                }
+                if DIGITS == 1 {
+                    let bytes = digits[0].iter().flat_map(|weights| weights.to_le_bytes());
+                    sum += bytes.map(|byte| i32::from(byte.cast_signed())).sum::<i32>();
                 }
             }
             let panel = &mut self.panels[panel];
-            panel.zeros[o] = if DIGITS == 1 { sum as f32 } else { 0.0 };
+            panel.zeros[o] = sum as f32;
             panel.units[o] = 1.0 / scale;
             panel.bias[o] = *bias;
         }
