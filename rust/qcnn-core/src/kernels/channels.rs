@@ -50,7 +50,9 @@
 use std::ops::Range;
 
 use super::tile::pair;
-use super::{Candidate, ConvLayer, Kernel, Weights, multiply_cycles, vector_cycles};
+use super::{
+    Candidate, ConvLayer, Kernel, Weights, has_wide_units, multiply_cycles, vector_cycles,
+};
 use crate::geometry::ConvGeometry;
 use crate::graph::PqGeometry;
 use crate::isa::{MAX_LANES, Simd, Task};
@@ -174,7 +176,11 @@ impl<S: Simd> ChannelsConv<S> {
             let tables = (g.in_size[0] * g.in_size[1].next_multiple_of(S::LANES) * octets) as f64;
             // Of a pixel and a vector of outputs: the look-ups of both halves;
             // loading codes.
-            let look_up = 2.0 * S::BYTE_LOOK_UP_CYCLES[entries / 32];
+            let mut look_up = 2.0 * S::BYTE_LOOK_UP_CYCLES[entries / 32];
+            if has_wide_units::<S>() && entries == 32 {
+                // Their permutations of two vectors are slower than those of Zen 4.
+                look_up *= 1.17;
+            }
             let strips = g.out_size[1].div_ceil(strip) as f64;
             let step = BLOCK as f64 * (strip as f64 * look_up + 2.0);
             let blocks = g.group_out_channels().div_ceil(Self::OUTPUTS) as f64;

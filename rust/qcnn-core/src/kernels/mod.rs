@@ -286,15 +286,23 @@ pub(crate) const fn vector_cycles<S: Simd>() -> f64 {
     if S::LANES >= 16 { 1.0 } else { 0.5 }
 }
 
-/// Clock cycles of a multiplication of vectors. CPUs that have 16-bit floats, Intel's since
-/// Sapphire Rapids, have two units for vectors of 64 bytes. (They load two such vectors a
-/// cycle, too, but look-ups are not faster for it.)
+/// Clock cycles of a multiplication of vectors.
 pub(crate) fn multiply_cycles<S: Simd>() -> f64 {
-    #[cfg(target_arch = "x86_64")]
-    if std::arch::is_x86_feature_detected!("avx512fp16") {
-        return 0.5;
+    if has_wide_units::<S>() {
+        0.5
+    } else {
+        vector_cycles::<S>()
     }
-    vector_cycles::<S>()
+}
+
+/// Whether vectors have 64 bytes and the CPU loads and multiplies two of them a cycle, as
+/// those do that have 16-bit floats: Intel's since Sapphire Rapids.
+pub(crate) fn has_wide_units<S: Simd>() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if S::LANES >= 16 {
+        return std::arch::is_x86_feature_detected!("avx512fp16");
+    }
+    false
 }
 
 /// Every kernel on `isa` that can run `layer` at `precision`, from the fastest to the slowest

@@ -37,7 +37,9 @@ use std::fmt::Debug;
 use std::ops::Range;
 
 use super::planes::every;
-use super::{Candidate, ConvLayer, Kernel, Weights, multiply_cycles, vector_cycles};
+use super::{
+    Candidate, ConvLayer, Kernel, Weights, has_wide_units, multiply_cycles, vector_cycles,
+};
 use crate::geometry::ConvGeometry;
 use crate::graph::PqGeometry;
 use crate::isa::{Simd, Task};
@@ -395,6 +397,12 @@ fn cost<S: Simd, C: Cell>(
     let accumulators = cut.rows * lanes * size_of::<f32>() * outputs;
     let in_l2 = together * table_bytes + accumulators <= L2_BYTES;
 
+    // Adding a vector from L1, loading where it is, what L2 adds; storing one of a table.
+    let [add, offset, outside_l1, store] = if has_wide_units::<S>() {
+        [0.7, 0.25, 1.0, 2.5]
+    } else {
+        [1.1, 0.25, 0.64, 0.0]
+    };
     let vector = vector_cycles::<S>() * C::VECTORS as f64;
     let dim = pq.subvector_dim.min(geometry.group_in_channels());
     let mut cycles = 0.0;
@@ -404,18 +412,18 @@ fn cost<S: Simd, C: Cell>(
         let plane_vectors = (cut.rows + phase.rows.last().copied().unwrap_or(0)) as f64;
         // Reading the input, twice; multiplying.
         let reads = cut.parts.max(C::HALVES) as f64 * 12.0 * dim as f64;
-        let multiply = multiply_cycles::<S>() * C::VECTORS as f64;
-        let table = table_rows as f64 * multiply * C::table_cycles::<S>(dim);
+        let entries = multiply_cycles::<S>() * C::table_cycles::<S>(dim) + store;
+        let table = (table_rows * C::VECTORS) as f64 * entries;
         cycles += sources * plane_vectors * (reads + table);
         let columns = phase.columns.len() as f64;
         let n_terms = sources * pass.rows.len() as f64 * columns;
-        // Adding a vector, from L1 or L2, and loading where it is, once per strip.
+        // Where it is is loaded once per strip.
         let halo = phase.rows.last().copied().unwrap_or(0);
         let window = together
             * pq.n_centroids
             * ((halo + strip) * lanes * size_of::<C::Element>()).next_multiple_of(LINE_BYTES);
         let outside = 1.0 - (L1_BYTES as f64 / window as f64).min(1.0);
-        let load = 1.1 + 0.25 / strip as f64 + 0.64 * outside;
+        let load = add + offset / strip as f64 + outside_l1 * outside;
         let look_up = (vector * load).max(0.7 / strip as f64);
         // Merging columns, loading and storing partial sums or accumulators.
         let partial = if pass.start { 0.0 } else { 0.7 };
