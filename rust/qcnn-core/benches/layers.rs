@@ -56,6 +56,13 @@ fn codes(n: usize, n_centroids: usize) -> Vec<u16> {
         .collect()
 }
 
+/// `n` zeros on a boundary of 64 bytes, as a session has its buffers.
+fn zeros(buffer: &mut Vec<f32>, n: usize) -> &mut [f32] {
+    buffer.resize(n + 16, 0.0);
+    let first = buffer.as_ptr().align_offset(64);
+    &mut buffer[first..][..n]
+}
+
 /// Time a kernel for the images `input`, of which each has `items` items.
 fn run(
     bencher: Bencher<'_, '_>,
@@ -65,14 +72,14 @@ fn run(
     out_len: usize,
     items: usize,
 ) {
-    let mut output = vec![0.0; n * out_len];
-    // As a session has it: on a boundary of 64 bytes.
-    let mut scratch = vec![0.0f32; kernel.scratch_len(n) + 16];
-    let first = scratch.as_ptr().align_offset(64);
-    let scratch = &mut scratch[first..];
+    let [mut source, mut target, mut scratch] = [const { Vec::new() }; 3];
+    let source = zeros(&mut source, input.len());
+    source.copy_from_slice(input);
+    let target = zeros(&mut target, n * out_len);
+    let scratch = zeros(&mut scratch, kernel.scratch_len(n));
     bencher
         .counter(ItemsCount::new(n * items))
-        .bench_local(|| kernel.run(n, input, &mut output, scratch));
+        .bench_local(|| kernel.run(n, source, target, scratch));
 }
 
 /// A layer on an ISA for a number of images.
@@ -264,6 +271,23 @@ fn conv_exact(bencher: Bencher<'_, '_>, case: &Case<Conv>) {
 #[divan::bench(args = cases(&CONVS, &[1]))]
 fn conv_int8(bencher: Bencher<'_, '_>, case: &Case<Conv>) {
     bench_conv(bencher, case, Some(paper(Precision::Int8)));
+}
+
+/// Tables of 32 entries: two registers for each four, or rows.
+const TWO_REGISTERS: Setting = Setting {
+    subvector_dim: 8,
+    n_centroids: 32,
+    precision: Precision::Int8,
+};
+
+#[divan::bench(args = cases(&CONVS[1..], &[1]))]
+fn k32_channels(bencher: Bencher<'_, '_>, case: &Case<Conv>) {
+    bench_kernel(bencher, case, Some(TWO_REGISTERS), "-i8-channels");
+}
+
+#[divan::bench(args = cases(&CONVS[1..], &[1]))]
+fn k32_rows(bencher: Bencher<'_, '_>, case: &Case<Conv>) {
+    bench_kernel(bencher, case, Some(TWO_REGISTERS), "-i8-rows");
 }
 
 /// With one output per group nearly all time is the tables'.

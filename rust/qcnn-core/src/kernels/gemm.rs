@@ -188,10 +188,11 @@ impl<S: Simd, F: Factors> IntegerGemmConv<S, F> {
         let outputs = g.group_out_channels().next_multiple_of(pair_rows::<S>());
         let planes = Planes::new(g, g.out_size);
         let panels = planes.positions(g.out_size).div_ceil(panel_columns::<S>());
-        // For a panel of columns: multiplying, packing.
+        // For a panel of columns: multiplying, packing, making responses of sums.
         let multiply = 2.2 * F::cycles::<S>() * multiply_cycles::<S>() * outputs as f64;
         let pack = 5.0 * vector_cycles::<S>() * F::GROUP as f64;
-        let cycles = depth(g).div_ceil(F::GROUP) as f64 * (multiply + pack);
+        let responses = 10.0 * vector_cycles::<S>() * outputs as f64;
+        let cycles = depth(g).div_ceil(F::GROUP) as f64 * (multiply + pack) + responses;
         let cycles = (g.groups * panels) as f64 * cycles;
         Candidate::new(cycles, move || Self::new(simd, layer, rounding, &scale))
     }
