@@ -205,7 +205,7 @@ impl<const DIGITS: usize> TilesConv<DIGITS> {
         // writing responses is left out, as it is of all kernels.
         let pixel = if DIGITS == 1 { 6.2 } else { 10.8 };
         let aligned = image.pixel.is_multiple_of(TILE);
-        let block = pixel * image.tile_pixels.max(14) as f64 * if aligned { 1.0 } else { 1.2 };
+        let block = pixel * image.tile_pixels.max(12) as f64 * if aligned { 1.0 } else { 1.2 };
         let product = image.blocks(g) as f64 * block + 100.0;
         let inputs = pixels * g.group_in_channels();
         let cycles = (products * panels) as f64 * product + 1.2 * inputs as f64;
