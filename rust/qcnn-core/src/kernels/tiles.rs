@@ -201,8 +201,7 @@ impl<const DIGITS: usize> TilesConv<DIGITS> {
         let products = image.tiles * g.out_size[0].div_ceil(2);
         let panels = g.group_out_channels().div_ceil(Self::OUTPUTS);
         // For a block of a product: multiplications, or loads, of which some straddle lines
-        // where pixels are not whole ones. Beside that, storing sums, and bytes of each input;
-        // writing responses is left out, as it is of all kernels.
+        // where pixels are not whole ones. Beside that, storing sums, and bytes of each input.
         let pixel = if DIGITS == 1 { 6.2 } else { 10.8 };
         let aligned = image.pixel.is_multiple_of(TILE);
         let block = pixel * image.tile_pixels.max(12) as f64 * if aligned { 1.0 } else { 1.2 };
