@@ -14,6 +14,7 @@
 //! | `avx512` | AVX-512 F, BW, DQ, VL and `avx2`'s needs | 16 lanes |
 //! | `avx512vnni` | also AVX-512 VNNI | 16 lanes |
 //! | `avx512vbmi` | also AVX-512 VBMI and VPOPCNTDQ | 16 lanes |
+//! | `avx512fp16` | also AVX-512 FP16 | 16 lanes |
 //! | `avx512amx` | also AMX for bytes, on Linux | 16 lanes, and tiles |
 //!
 //! # How kernels are compiled
@@ -42,6 +43,8 @@ mod portable;
 
 use std::fmt;
 use std::str::FromStr;
+
+use half::f16;
 
 #[cfg(target_arch = "x86_64")]
 use amx::Amx;
@@ -73,18 +76,21 @@ pub enum Isa {
     Avx512Vnni,
     /// The same and AVX-512 VBMI and VPOPCNTDQ, which no CPU with VNNI has apart.
     Avx512Vbmi,
+    /// The same and AVX-512 FP16.
+    Avx512Fp16,
     /// The same and AMX for bytes, if the system lets the process use it.
     Avx512Amx,
 }
 
 impl Isa {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::Portable,
         Self::Neon,
         Self::Avx2,
         Self::Avx512,
         Self::Avx512Vnni,
         Self::Avx512Vbmi,
+        Self::Avx512Fp16,
         Self::Avx512Amx,
     ];
 
@@ -97,6 +103,7 @@ impl Isa {
             Self::Avx512 => "avx512",
             Self::Avx512Vnni => "avx512vnni",
             Self::Avx512Vbmi => "avx512vbmi",
+            Self::Avx512Fp16 => "avx512fp16",
             Self::Avx512Amx => "avx512amx",
         }
     }
@@ -154,11 +161,16 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Vbmi => Avx512::new().map(Level::Avx512Vbmi),
             #[cfg(target_arch = "x86_64")]
+            Self::Avx512Fp16 => Avx512::new().map(Level::Avx512Fp16),
+            #[cfg(target_arch = "x86_64")]
             Self::Avx512Amx => Amx::new().map(Level::Avx512Amx),
             #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx2 | Self::Avx512 | Self::Avx512Vnni | Self::Avx512Vbmi | Self::Avx512Amx => {
-                None
-            }
+            Self::Avx2
+            | Self::Avx512
+            | Self::Avx512Vnni
+            | Self::Avx512Vbmi
+            | Self::Avx512Fp16
+            | Self::Avx512Amx => None,
         }
     }
 }
@@ -204,13 +216,16 @@ pub(crate) enum Level {
     Avx2(Avx2),
     /// See [`Avx512`].
     #[cfg(target_arch = "x86_64")]
-    Avx512(Avx512<false, false>),
+    Avx512(Avx512<false, false, false>),
     /// See [`Avx512`].
     #[cfg(target_arch = "x86_64")]
-    Avx512Vnni(Avx512<true, false>),
+    Avx512Vnni(Avx512<true, false, false>),
     /// See [`Avx512`].
     #[cfg(target_arch = "x86_64")]
-    Avx512Vbmi(Avx512<true, true>),
+    Avx512Vbmi(Avx512<true, true, false>),
+    /// See [`Avx512`].
+    #[cfg(target_arch = "x86_64")]
+    Avx512Fp16(Avx512<true, true, true>),
     /// See [`Amx`].
     #[cfg(target_arch = "x86_64")]
     Avx512Amx(Amx),
@@ -231,7 +246,9 @@ impl Level {
             Self::Avx512Vnni(simd) => simd.call(task),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Vbmi(simd) => simd.call(task),
-            // Tasks are written over vectors; what multiplies tiles asks for the token.
+            // Few tasks use 16-bit floats, and none tiles: their kernels hold the tokens.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Fp16(simd) => simd.vbmi().call(task),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Amx(amx) => amx.simd().call(task),
         }
@@ -256,6 +273,55 @@ fn map_bytes<S: Simd>(simd: S, vector: S::I8, f: impl Fn(u8) -> u8) -> S::I8 {
     let bytes = bytes_of(simd, vector).map(f);
     // SAFETY: there are at least as many bytes as a vector has.
     unsafe { simd.load_i8(bytes.as_ptr().cast()) }
+}
+
+/// The 16-bit floats of a vector, zeros behind them.
+#[inline(always)]
+fn halves_of<S: Simd>(simd: S, vector: S::I16) -> [f16; 2 * MAX_LANES] {
+    let mut bits = [0i16; 2 * MAX_LANES];
+    // SAFETY: there is room for a vector of the most lanes.
+    unsafe { simd.store_i16(bits.as_mut_ptr(), vector) };
+    bits.map(|bits| f16::from_bits(bits.cast_unsigned()))
+}
+
+/// The inverse.
+#[inline(always)]
+fn from_halves<S: Simd>(simd: S, halves: [f16; 2 * MAX_LANES]) -> S::I16 {
+    let bits = halves.map(|half| half.to_bits().cast_signed());
+    // SAFETY: there are at least as many numbers as a vector has.
+    unsafe { simd.load_i16(bits.as_ptr()) }
+}
+
+/// [`Simd::add_f16`] on levels without such numbers: as if rounded once, because float32
+/// has more than twice the bits.
+#[inline(always)]
+fn add_halves<S: Simd>(simd: S, a: S::I16, b: S::I16) -> S::I16 {
+    let [a, b] = [a, b].map(|v| halves_of(simd, v).map(f16::to_f32));
+    from_halves(simd, std::array::from_fn(|i| f16::from_f32(a[i] + b[i])))
+}
+
+/// [`Simd::mul_add_f16`] on levels without such numbers: float64 holds all sums exactly but
+/// those of numbers of very different size.
+#[inline(always)]
+fn mul_add_halves<S: Simd>(simd: S, a: S::I16, b: S::I16, c: S::I16) -> S::I16 {
+    let [a, b, c] = [a, b, c].map(|v| halves_of(simd, v).map(f16::to_f64));
+    let sum = |i: usize| f16::from_f32(round_to_odd(a[i] * b[i] + c[i]));
+    from_halves(simd, std::array::from_fn(sum))
+}
+
+/// The float32 next to a number that is none and whose last bit is set: rounding it further
+/// gives the same as rounding the number at once.
+#[inline(always)]
+fn round_to_odd(number: f64) -> f32 {
+    let rounded = number as f32;
+    let error = number - f64::from(rounded);
+    let bits = rounded.to_bits();
+    if error == 0.0 || rounded == 0.0 || !rounded.is_finite() || bits & 1 == 1 {
+        return rounded;
+    }
+    // The other neighbour is greater or less in magnitude.
+    let outwards = (error > 0.0) == (rounded > 0.0);
+    f32::from_bits(if outwards { bits + 1 } else { bits - 1 })
 }
 
 /// Work that is compiled once per level.
@@ -445,6 +511,34 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
 
     /// The inverse of [`round_i16`](Self::round_i16).
     fn widen_i16(self, vector: Self::I16) -> [Self::F32; 2];
+
+    /// The values of `low`, then those of `high`, rounded to 16-bit floats.
+    #[inline(always)]
+    fn narrow_f16(self, low: Self::F32, high: Self::F32) -> Self::I16 {
+        let mut floats = [0.0f32; 2 * MAX_LANES];
+        self.store_first(&mut floats[..Self::LANES], low);
+        self.store_first(&mut floats[Self::LANES..2 * Self::LANES], high);
+        from_halves(self, floats.map(f16::from_f32))
+    }
+
+    /// The inverse of [`narrow_f16`](Self::narrow_f16).
+    #[inline(always)]
+    fn widen_f16(self, vector: Self::I16) -> [Self::F32; 2] {
+        let floats = halves_of(self, vector).map(f16::to_f32);
+        [0, Self::LANES].map(|first| self.load_first(&floats[first..]))
+    }
+
+    /// `a + b` of 16-bit floats.
+    #[inline(always)]
+    fn add_f16(self, a: Self::I16, b: Self::I16) -> Self::I16 {
+        add_halves(self, a, b)
+    }
+
+    /// `a * b + c` of 16-bit floats, rounded once.
+    #[inline(always)]
+    fn mul_add_f16(self, a: Self::I16, b: Self::I16, c: Self::I16) -> Self::I16 {
+        mul_add_halves(self, a, b, c)
+    }
 
     /// Pairs of the lanes of `a` and `b`, those of even lanes and those of odd
     /// lanes: `a[0] b[0] a[2] b[2] ...` and `a[1] b[1] a[3] b[3] ...`.
@@ -1113,6 +1207,7 @@ mod tests {
                 S::NAME
             );
         }
+        check_halves(s, &a, &b);
         for (begin, end) in (0..=S::LANES).flat_map(|end| (0..=end).map(move |b| (b, end))) {
             // Of the slices only the range exists.
             let range = a[begin..end].to_vec();
@@ -1139,10 +1234,63 @@ mod tests {
         }
     }
 
+    /// The primitives for 16-bit floats, those that are no numbers and those that are small
+    /// included.
+    #[inline(always)]
+    fn check_halves<S: Simd>(s: S, a: &[f32], b: &[f32]) {
+        let special = [f32::INFINITY, 70_000.0, 1e-7, -3e-6, 2049.0, 1.0 / 3.0];
+        let numbers = |first: &[f32], turn: usize| -> Vec<f32> {
+            let mut numbers: Vec<f32> = first.iter().chain(b).map(|x| 0.37 * x).collect();
+            for (i, x) in special.iter().enumerate() {
+                let i = (i * 5 + turn) % numbers.len();
+                numbers[i] = *x;
+            }
+            numbers
+        };
+        let sources = [numbers(a, 0), numbers(b, 1), numbers(a, 3)];
+        let [x, y, z] = sources.each_ref().map(|numbers| {
+            let (low, high) = numbers.split_at(S::LANES);
+            s.narrow_f16(s.load_first(low), s.load_first(high))
+        });
+        let rounded = sources.map(|numbers| numbers.into_iter().map(f16::from_f32));
+        let [xs, ys, zs] = rounded.map(|numbers| numbers.map(f32::from).collect::<Vec<f32>>());
+        let check = |name: &str, vector: S::I16, expected: &dyn Fn(usize) -> f64| {
+            let mut values = vec![0.0; 2 * S::LANES];
+            for (half, values) in s
+                .widen_f16(vector)
+                .into_iter()
+                .zip(values.chunks_exact_mut(S::LANES))
+            {
+                s.store_first(values, half);
+            }
+            for (i, value) in values.iter().enumerate() {
+                let expected = f16::from_f32(round_to_odd(expected(i))).to_f32();
+                assert_eq!(
+                    value.to_bits(),
+                    expected.to_bits(),
+                    "{} {name} {i}",
+                    S::NAME
+                );
+            }
+        };
+        check("narrow", x, &|i| xs[i].into());
+        check("add", s.add_f16(x, y), &|i| {
+            f64::from(xs[i]) + f64::from(ys[i])
+        });
+        check("mul_add", s.mul_add_f16(x, y, z), &|i| {
+            f64::from(xs[i]) * f64::from(ys[i]) + f64::from(zs[i])
+        });
+    }
+
     #[test]
     fn primitives() {
         for isa in Isa::available() {
             isa.level().unwrap().call(CheckPrimitives);
+        }
+        // Levels do not call tasks with this token.
+        #[cfg(target_arch = "x86_64")]
+        if let Some(simd) = Avx512::<true, true, true>::new() {
+            simd.call(CheckPrimitives);
         }
         Portable::<16>::new().unwrap().call(CheckPrimitives);
     }

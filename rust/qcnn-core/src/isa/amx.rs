@@ -39,9 +39,9 @@ const ROW_BYTES: usize = 4 * TILE;
 /// two kinds of products.
 pub(crate) type Sums = [[[[i32; TILE]; 2]; TILE]; 2];
 
-/// Token of AMX, beside AVX-512 with VBMI.
+/// Token of AMX, beside AVX-512 with VBMI and FP16.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Amx(Avx512<true, true>);
+pub(crate) struct Amx(Avx512<true, true, true>);
 
 /// Tiles of this thread, configured until this is dropped.
 #[derive(Debug)]
@@ -94,7 +94,12 @@ impl Amx {
     }
 
     /// The vectors beside the tiles.
-    pub(crate) fn simd(self) -> Avx512<true, true> {
+    pub(crate) fn simd(self) -> Avx512<true, true, false> {
+        self.0.vbmi()
+    }
+
+    /// The same with 16-bit floats.
+    pub(crate) fn fp16(self) -> Avx512<true, true, true> {
         self.0
     }
 

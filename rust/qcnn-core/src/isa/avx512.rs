@@ -1,37 +1,47 @@
-//! The AVX-512 levels, with and without VNNI and VBMI.
+//! The AVX-512 levels, with and without VNNI, VBMI and FP16.
 
+use std::arch::asm;
 use std::arch::x86_64::{
-    __m512, __m512i, __mmask16, _CMP_ORD_Q, _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch,
-    _mm_setr_epi8, _mm512_abs_ps, _mm512_add_epi8, _mm512_add_epi16, _mm512_add_epi32,
-    _mm512_add_ps, _mm512_and_si512, _mm512_broadcast_i32x4, _mm512_castsi256_si512,
-    _mm512_castsi512_si256, _mm512_cmp_ps_mask, _mm512_cvtepi16_epi32, _mm512_cvtepi32_ps,
-    _mm512_cvtps_epi32, _mm512_cvtsepi32_epi16, _mm512_div_ps, _mm512_dpbusd_epi32,
-    _mm512_dpwssd_epi32, _mm512_extracti64x4_epi64, _mm512_fmadd_ps, _mm512_inserti64x4,
-    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_madd_epi16, _mm512_maddubs_epi16,
-    _mm512_mask_blend_epi16, _mm512_mask_blend_ps, _mm512_mask_max_ps, _mm512_mask_shuffle_epi8,
-    _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_max_ps, _mm512_min_ps,
-    _mm512_movepi8_mask, _mm512_mul_ps, _mm512_packs_epi16, _mm512_packs_epi32,
-    _mm512_permutex2var_epi8, _mm512_permutex2var_epi16, _mm512_permutex2var_epi32,
-    _mm512_permutex2var_ps, _mm512_permutexvar_epi8, _mm512_permutexvar_epi16,
-    _mm512_permutexvar_epi32, _mm512_permutexvar_ps, _mm512_popcnt_epi32, _mm512_rsqrt14_ps,
-    _mm512_set1_epi8, _mm512_set1_epi16, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setr_epi32,
-    _mm512_setzero_ps, _mm512_setzero_si512, _mm512_shuffle_epi8, _mm512_shuffle_f32x4,
-    _mm512_shuffle_ps, _mm512_slli_epi16, _mm512_slli_epi32, _mm512_sllv_epi32, _mm512_srai_epi16,
-    _mm512_srai_epi32, _mm512_srli_epi16, _mm512_srli_epi32, _mm512_srlv_epi32, _mm512_storeu_ps,
-    _mm512_storeu_si512, _mm512_test_epi32_mask, _mm512_unpackhi_ps, _mm512_unpacklo_ps,
-    _mm512_xor_si512,
+    __m512, __m512i, __mmask16, _CMP_ORD_Q, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT,
+    _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch, _mm_setr_epi8, _mm512_abs_ps, _mm512_add_epi8,
+    _mm512_add_epi16, _mm512_add_epi32, _mm512_add_ps, _mm512_and_si512, _mm512_broadcast_i32x4,
+    _mm512_castsi256_si512, _mm512_castsi512_si256, _mm512_cmp_ps_mask, _mm512_cvtepi16_epi32,
+    _mm512_cvtepi32_ps, _mm512_cvtph_ps, _mm512_cvtps_epi32, _mm512_cvtps_ph,
+    _mm512_cvtsepi32_epi16, _mm512_div_ps, _mm512_dpbusd_epi32, _mm512_dpwssd_epi32,
+    _mm512_extracti64x4_epi64, _mm512_fmadd_ps, _mm512_inserti64x4, _mm512_loadu_ps,
+    _mm512_loadu_si512, _mm512_madd_epi16, _mm512_maddubs_epi16, _mm512_mask_blend_epi16,
+    _mm512_mask_blend_ps, _mm512_mask_max_ps, _mm512_mask_shuffle_epi8, _mm512_mask_storeu_ps,
+    _mm512_maskz_loadu_ps, _mm512_max_ps, _mm512_min_ps, _mm512_movepi8_mask, _mm512_mul_ps,
+    _mm512_packs_epi16, _mm512_packs_epi32, _mm512_permutex2var_epi8, _mm512_permutex2var_epi16,
+    _mm512_permutex2var_epi32, _mm512_permutex2var_ps, _mm512_permutexvar_epi8,
+    _mm512_permutexvar_epi16, _mm512_permutexvar_epi32, _mm512_permutexvar_ps, _mm512_popcnt_epi32,
+    _mm512_rsqrt14_ps, _mm512_set1_epi8, _mm512_set1_epi16, _mm512_set1_epi32, _mm512_set1_ps,
+    _mm512_setr_epi32, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_shuffle_epi8,
+    _mm512_shuffle_f32x4, _mm512_shuffle_ps, _mm512_slli_epi16, _mm512_slli_epi32,
+    _mm512_sllv_epi32, _mm512_srai_epi16, _mm512_srai_epi32, _mm512_srli_epi16, _mm512_srli_epi32,
+    _mm512_srlv_epi32, _mm512_storeu_ps, _mm512_storeu_si512, _mm512_test_epi32_mask,
+    _mm512_unpackhi_ps, _mm512_unpacklo_ps, _mm512_xor_si512,
 };
 
-use super::{Simd, Task};
+use super::{Simd, Task, add_halves, mul_add_halves};
 
 /// Token of an AVX-512 level. VNNI multiplies 8- or 16-bit integers and adds the
 /// products up in one instruction, VBMI permutes bytes and stands for VPOPCNTDQ, too,
-/// which counts bits.
+/// which counts bits, FP16 computes with 16-bit floats.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Avx512<const VNNI: bool, const VBMI: bool>(());
+pub(crate) struct Avx512<const VNNI: bool, const VBMI: bool, const FP16: bool>(());
 
-impl<const VNNI: bool, const VBMI: bool> Simd for Avx512<VNNI, VBMI> {
-    const NAME: &'static str = if VBMI {
+impl Avx512<true, true, true> {
+    /// The token of the level below.
+    pub(crate) fn vbmi(self) -> Avx512<true, true, false> {
+        Avx512(())
+    }
+}
+
+impl<const VNNI: bool, const VBMI: bool, const FP16: bool> Simd for Avx512<VNNI, VBMI, FP16> {
+    const NAME: &'static str = if FP16 {
+        "x86_64-avx512fp16"
+    } else if VBMI {
         "x86_64-avx512vbmi"
     } else if VNNI {
         "x86_64-avx512vnni"
@@ -65,7 +75,8 @@ impl<const VNNI: bool, const VBMI: bool> Simd for Avx512<VNNI, VBMI> {
             && is_x86_feature_detected!("fma")
             && (!VNNI || is_x86_feature_detected!("avx512vnni"))
             && (!VBMI || is_x86_feature_detected!("avx512vbmi"))
-            && (!VBMI || is_x86_feature_detected!("avx512vpopcntdq")))
+            && (!VBMI || is_x86_feature_detected!("avx512vpopcntdq"))
+            && (!FP16 || is_x86_feature_detected!("avx512fp16")))
         .then_some(Self(()))
     }
 
@@ -285,6 +296,47 @@ impl<const VNNI: bool, const VBMI: bool> Simd for Avx512<VNNI, VBMI> {
             let low = _mm512_cvtepi16_epi32(_mm512_castsi512_si256(vector));
             let high = _mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64::<1>(vector));
             [_mm512_cvtepi32_ps(low), _mm512_cvtepi32_ps(high)]
+        }
+    }
+
+    #[inline(always)]
+    fn narrow_f16(self, low: __m512, high: __m512) -> __m512i {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe {
+            let low = _mm512_cvtps_ph::<TO_NEAREST>(low);
+            let high = _mm512_cvtps_ph::<TO_NEAREST>(high);
+            _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high)
+        }
+    }
+
+    #[inline(always)]
+    fn widen_f16(self, vector: __m512i) -> [__m512; 2] {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe {
+            [
+                _mm512_cvtph_ps(_mm512_castsi512_si256(vector)),
+                _mm512_cvtph_ps(_mm512_extracti64x4_epi64::<1>(vector)),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn add_f16(self, a: __m512i, b: __m512i) -> __m512i {
+        if FP16 {
+            // SAFETY: `self` proves AVX-512 FP16.
+            unsafe { add_f16(a, b) }
+        } else {
+            add_halves(self, a, b)
+        }
+    }
+
+    #[inline(always)]
+    fn mul_add_f16(self, a: __m512i, b: __m512i, c: __m512i) -> __m512i {
+        if FP16 {
+            // SAFETY: `self` proves AVX-512 FP16.
+            unsafe { mul_add_f16(a, b, c) }
+        } else {
+            mul_add_halves(self, a, b, c)
         }
     }
 
@@ -654,6 +706,54 @@ const ODD_LANES: u32 = 0xaaaa_aaaa;
 
 /// Lanes of 32 bits in turns from the first half of two vectors.
 const INTERLEAVED: [i32; 16] = [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23];
+
+/// Round to nearest, without exceptions.
+const TO_NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+
+/// `a + b` of 16-bit floats. In assembly, as the intrinsics are younger than the Rust that
+/// this crate asks for; all that the compiler has to know of are the registers.
+///
+/// # Safety
+///
+/// The CPU has AVX-512 FP16.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn add_f16(a: __m512i, b: __m512i) -> __m512i {
+    let sum;
+    // SAFETY: as promised by the caller.
+    unsafe {
+        asm!(
+            "vaddph {sum}, {a}, {b}",
+            sum = lateout(zmm_reg) sum,
+            a = in(zmm_reg) a,
+            b = in(zmm_reg) b,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    sum
+}
+
+/// `a * b + c` of 16-bit floats, as [`add_f16`].
+///
+/// # Safety
+///
+/// The CPU has AVX-512 FP16.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn mul_add_f16(a: __m512i, b: __m512i, mut c: __m512i) -> __m512i {
+    // SAFETY: as promised by the caller.
+    unsafe {
+        asm!(
+            "vfmadd231ph {c}, {a}, {b}",
+            c = inout(zmm_reg) c,
+            a = in(zmm_reg) a,
+            b = in(zmm_reg) b,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    c
+}
+
 /// A mask of the first `n` lanes.
 #[inline(always)]
 pub(super) fn first_lanes(n: usize) -> __mmask16 {
