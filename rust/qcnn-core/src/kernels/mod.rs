@@ -45,6 +45,8 @@ use gemm::IntegerGemmConv;
 use parts::PartsConv;
 use permute::PermuteFc;
 use pixels::PixelsConv;
+#[cfg(target_arch = "x86_64")]
+use rows::Half;
 use rows::{ByteCodebook, Float, RowsConv, Short, WordCodebook};
 #[cfg(target_arch = "x86_64")]
 use tiles::TilesConv;
@@ -325,33 +327,38 @@ pub fn conv_kernels<'a>(
         return Vec::new();
     };
     let mut candidates = level.call(List(layer, precision));
-    candidates.extend(tile_kernels(level, layer, precision));
+    candidates.extend(kernels_of_level(level, layer, precision));
     candidates.sort_by(|a, b| a.cycles.total_cmp(&b.cycles));
     candidates
 }
 
-/// Those that multiply tiles: no other level has them.
+/// Those that only some levels have: with 16-bit floats, or with tiles.
 #[cfg(target_arch = "x86_64")]
-fn tile_kernels<'a>(
+fn kernels_of_level<'a>(
     level: Level,
     layer: &'a ConvLayer<'a>,
     precision: Precision,
 ) -> Vec<Candidate<'a>> {
-    let Level::Avx512Amx(amx) = level else {
-        return Vec::new();
+    let (fp16, amx) = match level {
+        Level::Avx512Fp16(simd) => (simd, None),
+        Level::Avx512Amx(amx) => (amx.fp16(), Some(amx)),
+        _ => return Vec::new(),
     };
     let mut candidates = Vec::new();
+    if precision >= Precision::Fast && !layer.has_parts() {
+        candidates.extend(RowsConv::<_, Half>::candidate(fp16, layer));
+    }
     if precision >= Precision::Fast {
-        candidates.extend(TilesConv::<2>::candidate(amx, layer));
+        candidates.extend(amx.and_then(|amx| TilesConv::<2>::candidate(amx, layer)));
     }
     if precision >= Precision::Int8 {
-        candidates.extend(TilesConv::<1>::candidate(amx, layer));
+        candidates.extend(amx.and_then(|amx| TilesConv::<1>::candidate(amx, layer)));
     }
     candidates
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn tile_kernels<'a>(_: Level, _: &'a ConvLayer<'a>, _: Precision) -> Vec<Candidate<'a>> {
+fn kernels_of_level<'a>(_: Level, _: &'a ConvLayer<'a>, _: Precision) -> Vec<Candidate<'a>> {
     Vec::new()
 }
 

@@ -20,20 +20,23 @@
 //! - A stride splits the input into phases, each with taps of its own, as if they
 //!   were more channels. Their subspaces share the codebooks.
 //!
-//! Tables hold [`Float`] or [`Short`] numbers: see there how 16 bits are kept from
-//! overflowing. Those are built from integers of 16 bits ([`WordCodebook`]) or of 8
-//! ([`ByteCodebook`]).
+//! Tables hold [`Float`], [`Short`] or, where the CPU computes with them, [`Half`] numbers:
+//! see there how 16 bits are kept from overflowing. [`Short`] ones are built from integers
+//! of 16 bits ([`WordCodebook`]) or of 8 ([`ByteCodebook`]).
 
 // As in `tile`: index loops keep the sums in registers.
 #![allow(clippy::needless_range_loop)]
 
 mod byte;
 mod float;
+#[cfg(target_arch = "x86_64")]
+mod half;
 mod layout;
 mod short;
 mod word;
 
 use std::fmt::Debug;
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use super::planes::every;
@@ -45,6 +48,8 @@ use crate::graph::PqGeometry;
 use crate::isa::{Simd, Task};
 pub(super) use byte::ByteCodebook;
 pub(super) use float::Float;
+#[cfg(target_arch = "x86_64")]
+pub(super) use half::Half;
 use layout::{
     Batch, Cut, LINE_BYTES, Layout, MAX_COLUMNS, OFFSET_BYTES, Phase, Row, Runs, batches,
     most_plane_vectors, seams,
@@ -96,12 +101,21 @@ pub(super) trait Cell: Debug + Send + Sync + Sized + 'static {
     /// channels.
     fn table_cycles<S: Simd>(dim: usize) -> f64;
 
+    /// Vector operations that a vector of inputs takes, with all that looks at it, and those
+    /// of adding a batch's sum to accumulators in L2, with what they load and store.
+    fn read_and_end_cycles<S: Simd>() -> [f64; 2];
+
     /// Pack codebooks `(sets, M, K, C')`.
     fn new<S: Simd>(layout: &Layout, codebooks: &[f32], codes: &[u16]) -> Self;
 
     /// Elements of scratch for [`inspect`](Self::inspect) and
     /// [`build`](Self::build).
     fn scratch_len(layout: &Layout) -> usize;
+
+    /// What [`Inputs::peak`] is to be, of all channels of a group in all phases.
+    fn peak<S: Simd>(_: S, _: &[f32]) -> f32 {
+        0.0
+    }
 
     /// Look at a tile of a group. Gives each batch's scale, and returns what 1 in the
     /// accumulators stands for.
@@ -193,6 +207,8 @@ pub(super) struct Inputs<'a> {
     tile: usize,
     /// Channels of all phases.
     phases: &'a [f32],
+    /// The greatest magnitude in them, if the cells need it.
+    peak: f32,
 }
 
 /// What a tile sees of some channels in one phase.
@@ -397,12 +413,14 @@ fn cost<S: Simd, C: Cell>(
     let accumulators = cut.rows * lanes * size_of::<f32>() * outputs;
     let in_l2 = together * table_bytes + accumulators <= L2_BYTES;
 
-    // Adding a vector from L1, loading where it is, what L2 adds; storing one of a table.
-    let [add, offset, outside_l1, store] = if has_wide_units::<S>() {
-        [0.7, 0.25, 1.0, 2.5]
+    // Adding a vector from L1, loading where it is, what L2 adds; storing one of a table;
+    // writing one of responses.
+    let [add, offset, outside_l1, store, write] = if has_wide_units::<S>() {
+        [0.5, 0.25, 1.0, 3.0, 4.0]
     } else {
-        [1.1, 0.25, 0.64, 0.0]
+        [1.1, 0.25, 0.64, 0.0, 16.0]
     };
+    let [read, end] = C::read_and_end_cycles::<S>();
     let vector = vector_cycles::<S>() * C::VECTORS as f64;
     let dim = pq.subvector_dim.min(geometry.group_in_channels());
     let mut cycles = 0.0;
@@ -410,8 +428,8 @@ fn cost<S: Simd, C: Cell>(
         let phase = &phases[pass.phase];
         let sources = pass.sources.len() as f64;
         let plane_vectors = (cut.rows + phase.rows.last().copied().unwrap_or(0)) as f64;
-        // Reading the input, twice; multiplying.
-        let reads = cut.parts.max(C::HALVES) as f64 * 12.0 * dim as f64;
+        // Reading the input; multiplying.
+        let reads = cut.parts.max(C::HALVES) as f64 * read * dim as f64;
         let entries = multiply_cycles::<S>() * C::table_cycles::<S>(dim) + store;
         let table = (table_rows * C::VECTORS) as f64 * entries;
         cycles += sources * plane_vectors * (reads + table);
@@ -429,8 +447,8 @@ fn cost<S: Simd, C: Cell>(
         let partial = if pass.start { 0.0 } else { 0.7 };
         let end = match (pass.end, in_l2) {
             (false, _) => 1.0,
-            (true, true) => 4.0,
-            (true, false) => 12.0,
+            (true, true) => end,
+            (true, false) => end + 8.0,
         };
         let merge = vector * (0.3 * columns + partial + end);
         cycles += (outputs * cut.rows) as f64 * (n_terms * look_up + merge);
@@ -440,7 +458,7 @@ fn cost<S: Simd, C: Cell>(
         let pixels = geometry.group_in_channels() * geometry.in_pixels();
         cycles += 1.5 * pixels as f64 / cut.tiles as f64;
     }
-    cycles += (outputs * cut.rows * cut.parts.max(C::HALVES)) as f64 * 16.0;
+    cycles += (outputs * cut.rows * cut.parts.max(C::HALVES)) as f64 * write;
     Some((geometry.groups * cut.tiles) as f64 * cycles)
 }
 
@@ -572,11 +590,15 @@ impl<S: Simd, C: Cell> Block<S, C> {
             } else {
                 input
             };
+            let peak = self
+                .simd
+                .call(Peak::<C>(&phases[..layout.phases_len()], PhantomData));
             for tile in 0..layout.cut.tiles {
                 let inputs = Inputs {
                     layout,
                     tile,
                     phases,
+                    peak,
                 };
                 self.tile(i % g.groups, &inputs, output, scratch, floor);
             }
@@ -734,6 +756,18 @@ impl<S: Simd, C: Cell> Block<S, C> {
             (1, 4, 3),
             (1, 4, 4),
         );
+    }
+}
+
+/// [`Cell::peak`].
+struct Peak<'a, C>(&'a [f32], PhantomData<C>);
+
+impl<C: Cell> Task for Peak<'_, C> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> f32 {
+        C::peak(simd, self.0)
     }
 }
 
@@ -987,75 +1021,169 @@ mod tests {
     use crate::isa::{Isa, Portable};
     use crate::kernels::tests::UNEVEN;
 
-    /// The responses of a kernel with a given layout, on levels that have its vectors.
-    struct Run<'a> {
-        layout: &'a Layout,
-        codebooks: &'a [f32],
-        codes: &'a [u16],
-        input: &'a [f32],
+    /// A layer of numbers of all sizes, some of them negative, and an input.
+    struct Case {
+        geometry: ConvGeometry,
+        pq: PqGeometry,
+        codebooks: Vec<f32>,
+        codes: Vec<u16>,
+        input: Vec<f32>,
     }
 
-    impl Task for Run<'_> {
+    impl Case {
+        fn new(geometry: ConvGeometry, n_centroids: usize, subvector_dim: usize) -> Self {
+            let pq = PqGeometry {
+                n_subspaces: geometry.group_in_channels().div_ceil(subvector_dim),
+                n_centroids,
+                subvector_dim,
+                codebook_groups: 1,
+                codebook_bits: CodebookBits::Float32,
+            };
+            let number = |i: usize| ((i * 7919 % 2003) as f32 / 1001.0 - 0.7).powi(3);
+            let codebooks = (0..pq.n_subspaces * n_centroids * subvector_dim)
+                .map(|i| number(i) * [1.0, 0.1, 0.003][i / subvector_dim % 3]);
+            let n_codes = geometry.out_channels * geometry.taps() * pq.n_subspaces;
+            let codes = (0..n_codes).map(|i| (i * 31 % n_centroids) as u16);
+            let input = (0..geometry.in_channels * geometry.in_pixels()).map(|i| number(i * 3));
+            Self {
+                pq,
+                codebooks: codebooks.collect(),
+                codes: codes.collect(),
+                input: input.collect(),
+                geometry,
+            }
+        }
+
+        fn all() -> impl Iterator<Item = Self> {
+            [
+                ([12, 13, 14], 10, [3, 3], [1, 1], 1),
+                ([6, 27, 27], 6, [5, 5], [1, 1], 2),
+                ([5, 9, 40], 7, [7, 7], [2, 1], 1),
+                ([130, 3, 5], 3, [1, 2], [1, 1], 1),
+            ]
+            .into_iter()
+            .flat_map(|(input, outputs, kernel, stride, groups)| {
+                [(1, 1), (9, 3), (16, 4), (128, 8), (5, 130)].map(|(n_centroids, dim)| {
+                    let geometry = ConvGeometry::new(
+                        "x",
+                        input,
+                        outputs,
+                        kernel,
+                        stride,
+                        [1, 1],
+                        [1; 4],
+                        groups,
+                    );
+                    Self::new(geometry.unwrap(), n_centroids, dim)
+                })
+            })
+        }
+
+        /// The layout on a level, in whole panels of any.
+        fn layout<S: Simd, C: Cell>(&self) -> Layout {
+            let columns = 0..self.geometry.out_size[1];
+            let (mut layout, _) = choose_layout::<S, C>(&self.geometry, self.pq, &columns).unwrap();
+            layout.table_rows = self.pq.n_centroids.next_multiple_of(8);
+            layout
+        }
+    }
+
+    /// The responses of a kernel with a given layout, on levels that have its vectors.
+    struct Run<'a, C> {
+        case: &'a Case,
+        layout: &'a Layout,
+        cells: PhantomData<C>,
+    }
+
+    impl<'a, C> Run<'a, C> {
+        fn new(case: &'a Case, layout: &'a Layout) -> Self {
+            Self {
+                case,
+                layout,
+                cells: PhantomData,
+            }
+        }
+    }
+
+    impl<C: Cell> Task for Run<'_, C> {
         type Output = Option<Vec<f32>>;
 
         #[inline(always)]
         fn run<S: Simd>(self, simd: S) -> Option<Vec<f32>> {
-            type Bytes<S> = Block<S, Short<ByteCodebook>>;
-            if lanes::<S, Short<ByteCodebook>>() != self.layout.lanes {
+            if lanes::<S, C>() != self.layout.lanes {
                 return None;
             }
+            let case = self.case;
+            let g = &case.geometry;
             let layout = self.layout.clone();
-            let g = layout.geometry.clone();
-            let block = Bytes::new(simd, None, layout, self.codebooks, self.codes);
+            let block = Block::<S, C>::new(simd, None, layout, &case.codebooks, &case.codes);
             let mut output = vec![f32::NAN; g.out_channels * g.out_pixels()];
             let mut scratch = vec![f32::NAN; block.scratch_len()];
-            block.images(1, self.input, &mut output, &mut scratch, f32::NEG_INFINITY);
+            block.images(1, &case.input, &mut output, &mut scratch, f32::NEG_INFINITY);
             Some(output)
         }
     }
 
-    fn check<const N: usize>(geometry: &ConvGeometry, n_centroids: usize, subvector_dim: usize) {
-        let pq = PqGeometry {
-            n_subspaces: geometry.group_in_channels().div_ceil(subvector_dim),
-            n_centroids,
-            subvector_dim,
-            codebook_groups: 1,
-            codebook_bits: CodebookBits::Float32,
-        };
-        // Numbers of all sizes, some of them negative.
-        let number = |i: usize| ((i * 7919 % 2003) as f32 / 1001.0 - 0.7).powi(3);
-        let codebooks: Vec<f32> = (0..pq.n_subspaces * n_centroids * subvector_dim)
-            .map(|i| number(i) * [1.0, 0.1, 0.003][i / subvector_dim % 3])
-            .collect();
-        let n_codes = geometry.out_channels * geometry.taps() * pq.n_subspaces;
-        let codes: Vec<u16> = (0..n_codes)
-            .map(|i| (i * 31 % n_centroids) as u16)
-            .collect();
-        let input: Vec<f32> = (0..geometry.in_channels * geometry.in_pixels())
-            .map(|i| number(i * 3))
-            .collect();
-        let columns = 0..geometry.out_size[1];
-        let chosen = choose_layout::<Portable<N>, Short<ByteCodebook>>(geometry, pq, &columns);
-        let (mut layout, _) = chosen.unwrap();
-        // In whole panels of any level.
-        layout.table_rows = n_centroids.next_multiple_of(8);
-        let run = Run {
-            layout: &layout,
-            codebooks: &codebooks,
-            codes: &codes,
-            input: &input,
-        };
-        let expected = run.run(Portable::<N>::new().unwrap()).unwrap();
+    fn check_bytes<const N: usize>(case: &Case) {
+        type Bytes = Short<ByteCodebook>;
+        let layout = case.layout::<Portable<N>, Bytes>();
+        let expected = Run::<Bytes>::new(case, &layout).run(Portable::<N>::new().unwrap());
+        let expected = expected.unwrap();
         assert!(expected.iter().all(|y| y.is_finite()));
         for isa in Isa::available() {
-            let run = Run {
-                layout: &layout,
-                codebooks: &codebooks,
-                codes: &codes,
-                input: &input,
-            };
+            let run = Run::<Bytes>::new(case, &layout);
             if let Some(output) = isa.level().unwrap().call(run) {
-                assert_eq!(output, expected, "{isa} {geometry:?} {pq:?}");
+                assert_eq!(output, expected, "{isa} {:?} {:?}", case.geometry, case.pq);
+            }
+        }
+    }
+
+    #[test]
+    fn products_of_bytes_have_the_same_bits_on_all_levels() {
+        for case in Case::all() {
+            check_bytes::<8>(&case);
+            check_bytes::<16>(&case);
+        }
+    }
+
+    /// In software, which any CPU can, they agree with the reference; the CPU's instructions
+    /// give the same bits.
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn sums_of_16_bit_floats() {
+        use crate::isa::Avx512;
+        use crate::kernels::scalar;
+
+        for case in Case::all() {
+            let g = &case.geometry;
+            let layout = case.layout::<Portable<16>, Half>();
+            let output = Run::<Half>::new(&case, &layout).run(Portable::<16>::new().unwrap());
+            let output = output.unwrap();
+            let layer = ConvLayer {
+                geometry: g,
+                weights: Weights::ProductQuantized {
+                    geometry: case.pq,
+                    codebooks: &case.codebooks,
+                    codes: &case.codes,
+                },
+                bias: None,
+            };
+            let mut expected = vec![0.0; output.len()];
+            scalar::conv(&layer, 1, &case.input, &mut expected);
+            let norm = |values: &mut dyn Iterator<Item = f32>| -> f32 {
+                values.map(|x| x * x).sum::<f32>().sqrt()
+            };
+            let error = norm(
+                &mut output
+                    .iter()
+                    .zip(&expected)
+                    .map(|(y, expected)| y - expected),
+            );
+            let relative = error / norm(&mut expected.iter().copied());
+            assert!(relative < 1.5e-3, "{relative} {g:?} {:?}", case.pq);
+            if let Some(simd) = Avx512::<true, true, true>::new() {
+                let same = simd.call(Run::<Half>::new(&case, &layout));
+                assert_eq!(same, Some(output), "{g:?} {:?}", case.pq);
             }
         }
     }
@@ -1076,24 +1204,6 @@ mod tests {
             let chosen = choose_layouts::<Portable<16>, Short<WordCodebook>>(&geometry, pq);
             let (layouts, _) = chosen.unwrap();
             assert_eq!(layouts.len(), 2, "{geometry:?}");
-        }
-    }
-
-    #[test]
-    fn products_of_bytes_have_the_same_bits_on_all_levels() {
-        for (input, outputs, kernel, stride, groups) in [
-            ([12, 13, 14], 10, [3, 3], [1, 1], 1),
-            ([6, 27, 27], 6, [5, 5], [1, 1], 2),
-            ([5, 9, 40], 7, [7, 7], [2, 1], 1),
-            ([130, 3, 5], 3, [1, 2], [1, 1], 1),
-        ] {
-            let geometry =
-                ConvGeometry::new("x", input, outputs, kernel, stride, [1, 1], [1; 4], groups);
-            let geometry = geometry.unwrap();
-            for (n_centroids, dim) in [(1, 1), (9, 3), (16, 4), (128, 8), (5, 130)] {
-                check::<8>(&geometry, n_centroids, dim);
-                check::<16>(&geometry, n_centroids, dim);
-            }
         }
     }
 }

@@ -186,7 +186,7 @@ impl Expected {
         let mut scratch = vec![f32::NAN; kernel.scratch_len(n)];
         kernel.run(n, input, &mut output, &mut scratch);
         // The scale of 16-bit kernels follows the greatest values of an image.
-        let reduced = kernel.name().contains("-i16-");
+        let reduced = kernel.name().contains("-i16-") || kernel.name().contains("-f16-");
         let of_image = |i: usize| {
             let len = output.len() / n;
             let image = &self.magnitudes[i / len * len..][..len];
@@ -1068,12 +1068,19 @@ fn fc_reduced_special_inputs() {
     }
 }
 
-/// Ends of the names of kernels with 8-bit tables, inputs or weights.
-const BYTE_KERNELS: [&str; 4] = ["-i8-channels", "-i8-rows", "-i8-gemm", "-i8-tiles"];
+/// Ends of the names of kernels with tables, inputs or weights of fewer bits.
+const REDUCED_KERNELS: [&str; 6] = [
+    "-i8-channels",
+    "-i8-rows",
+    "-i8-gemm",
+    "-i8-tiles",
+    "-i16-rows",
+    "-f16-rows",
+];
 
 /// The responses of every kernel whose name ends with `name` to one image, one for each
 /// level.
-fn byte_responses(layer: &ConvLayer<'_>, name: &str, input: &[f32]) -> Vec<(String, Vec<f32>)> {
+fn reduced_responses(layer: &ConvLayer<'_>, name: &str, input: &[f32]) -> Vec<(String, Vec<f32>)> {
     let g = layer.geometry;
     let kernels = all_conv_kernels(layer);
     let kernels = kernels.into_iter().map(|kernel| kernel.build());
@@ -1087,16 +1094,18 @@ fn byte_responses(layer: &ConvLayer<'_>, name: &str, input: &[f32]) -> Vec<(Stri
         })
         .collect();
     let isas = Isa::available();
+    let from = |least: Isa| isas.iter().filter(|isa| **isa >= least).count();
     if name.ends_with("-tiles") {
-        let levels = isas.iter().filter(|isa| **isa == Isa::Avx512Amx);
-        assert_eq!(responses.len(), levels.count());
+        assert_eq!(responses.len(), from(Isa::Avx512Amx));
+    } else if name == "-f16-rows" {
+        assert_eq!(responses.len(), from(Isa::Avx512Fp16));
     } else {
         assert!(responses.len() > isas.len());
     }
     responses
 }
 
-/// A convolution of Gaussian codewords, for [`byte_responses`].
+/// A convolution of Gaussian codewords, for [`reduced_responses`].
 fn gaussian_conv(geometry: &ConvGeometry, pq: Option<Pq>) -> Parameters {
     let mut random = Random(6);
     let extents = [
@@ -1111,7 +1120,7 @@ fn gaussian_conv(geometry: &ConvGeometry, pq: Option<Pq>) -> Parameters {
 }
 
 #[test]
-fn conv_8_bit_errors_are_small_and_the_same_on_all_levels() {
+fn conv_reduced_errors_are_small_and_the_same_on_all_levels() {
     let geometry =
         ConvGeometry::new("x", [64, 9, 11], 40, [3, 3], [1, 1], [1, 1], [1; 4], 1).unwrap();
     // The longer the sub-vectors, the less tight are the bounds.
@@ -1137,8 +1146,9 @@ fn conv_8_bit_errors_are_small_and_the_same_on_all_levels() {
                 let input: Vec<f32> = input.iter().map(|x| x * unit).collect();
                 let mut expected = vec![0.0; 40 * 99];
                 scalar::conv(&layer, 1, &input, &mut expected);
-                for name in BYTE_KERNELS {
-                    let responses = byte_responses(&layer, name, &input);
+                for name in REDUCED_KERNELS {
+                    let limit = if name.contains("16") { 3e-3 } else { limit };
+                    let responses = reduced_responses(&layer, name, &input);
                     for (name, output) in &responses {
                         let difference: Vec<f32> = output
                             .iter()
@@ -1162,7 +1172,7 @@ fn conv_8_bit_errors_are_small_and_the_same_on_all_levels() {
 }
 
 #[test]
-fn conv_8_bit_sums_do_not_overflow() {
+fn conv_reduced_sums_do_not_overflow() {
     // One codeword, the greatest products at every pixel and tap.
     let geometry =
         ConvGeometry::new("x", [80, 5, 5], 3, [5, 5], [1, 1], [1, 1], [0; 4], 1).unwrap();
@@ -1176,12 +1186,12 @@ fn conv_8_bit_sums_do_not_overflow() {
                 bias: None,
             };
             let input = vec![x; 80 * 25];
-            for name in BYTE_KERNELS {
+            for name in REDUCED_KERNELS {
                 // Tables of 8 bits are not for such sub-vectors.
-                if name == BYTE_KERNELS[0] && dim > 8 {
+                if name == REDUCED_KERNELS[0] && dim > 8 {
                     continue;
                 }
-                for (name, output) in byte_responses(&layer, name, &input) {
+                for (name, output) in reduced_responses(&layer, name, &input) {
                     for y in output {
                         let error = (y * weight * x - 2000.0).abs() / 2000.0;
                         assert!(error < 8e-3, "{name} {dim}: {y}");
@@ -1220,7 +1230,7 @@ fn conv_errors_of_two_digits_are_small() {
                 .collect();
             let mut expected = vec![0.0; 40 * 99];
             scalar::conv(&layer, 1, &input, &mut expected);
-            for (name, output) in byte_responses(&layer, "-i16-tiles", &input) {
+            for (name, output) in reduced_responses(&layer, "-i16-tiles", &input) {
                 let pairs = output.iter().zip(&expected);
                 let difference: Vec<f32> = pairs.map(|(y, expected)| y - expected).collect();
                 let relative = norm(&difference) / norm(&expected);
@@ -1231,7 +1241,7 @@ fn conv_errors_of_two_digits_are_small() {
 }
 
 #[test]
-fn conv_8_bit_special_inputs() {
+fn conv_reduced_special_inputs() {
     let geometry = ConvGeometry::new("x", [7, 6, 5], 5, [2, 2], [1, 1], [1, 1], [1; 4], 1).unwrap();
     let parameters = gaussian_conv(&geometry, pq(9, 3));
     let layer = ConvLayer {
@@ -1239,9 +1249,9 @@ fn conv_8_bit_special_inputs() {
         weights: parameters.weights(),
         bias: parameters.bias.as_deref(),
     };
-    for name in BYTE_KERNELS {
+    for name in REDUCED_KERNELS {
         let mut input = vec![0.0; 7 * 30];
-        for (name, output) in byte_responses(&layer, name, &input) {
+        for (name, output) in reduced_responses(&layer, name, &input) {
             let bias = parameters.bias.as_ref().unwrap();
             for (channel, bias) in output.chunks_exact(geometry.out_pixels()).zip(bias) {
                 assert_eq!(channel, vec![*bias; channel.len()], "{name}");
@@ -1252,7 +1262,7 @@ fn conv_8_bit_special_inputs() {
         input[123] = 1e30;
         let mut expected = vec![0.0; 5 * geometry.out_pixels()];
         scalar::conv(&layer, 1, &input, &mut expected);
-        for (name, output) in byte_responses(&layer, name, &input) {
+        for (name, output) in reduced_responses(&layer, name, &input) {
             for (y, expected) in output.iter().zip(&expected) {
                 let error = (y - expected).abs();
                 assert!(error <= 1.5e28, "{name}: {y}, expected {expected}");
@@ -1261,7 +1271,7 @@ fn conv_8_bit_special_inputs() {
         // What sees the number, in row 0 and column 3 of channel 4, has no response.
         for special in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             input[123] = special;
-            for (name, output) in byte_responses(&layer, name, &input) {
+            for (name, output) in reduced_responses(&layer, name, &input) {
                 for channel in output.chunks_exact(7 * 6) {
                     for i in [3, 4, 9, 10] {
                         assert!(!channel[i].is_finite(), "{name} {special}: {output:?}");
@@ -1633,7 +1643,7 @@ fn signs_times_a_grid_are_exact() {
             for y in &mut expected {
                 *y *= step;
             }
-            for (name, output) in byte_responses(&layer, "-i8-gemm", &numbers) {
+            for (name, output) in reduced_responses(&layer, "-i8-gemm", &numbers) {
                 assert_eq!(output, expected, "{name} {step} {zero}");
             }
         }

@@ -41,6 +41,10 @@ impl<const W: usize> Cell for Float<W> {
         1.5 + dim as f64
     }
 
+    fn read_and_end_cycles<S: Simd>() -> [f64; 2] {
+        [12.0, 4.0]
+    }
+
     fn new<S: Simd>(layout: &Layout, codebooks: &[f32], _: &[u16]) -> Self {
         let (pq, rows) = (layout.pq, tile_rows::<S>());
         Self {

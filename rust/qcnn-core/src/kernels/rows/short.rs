@@ -37,6 +37,7 @@ use super::layout::{Batch, Layout};
 use super::{Cell, Inputs, Scale};
 use crate::isa::Simd;
 use crate::kernels::factors::{Factors, MAX_GROUP};
+use crate::kernels::has_wide_units;
 
 /// Terms summed in 16 bits. Each term's rounding error is up to half a unit of a
 /// scale that shrinks with the number of terms: their effect on the response
@@ -136,6 +137,14 @@ impl<B: Codebook> Cell for Short<B> {
         B::table_cycles::<S>(dim)
     }
 
+    fn read_and_end_cycles<S: Simd>() -> [f64; 2] {
+        if has_wide_units::<S>() {
+            [16.0, 12.0]
+        } else {
+            [12.0, 4.0]
+        }
+    }
+
     fn new<S: Simd>(layout: &Layout, codebooks: &[f32], codes: &[u16]) -> Self {
         let codebooks = B::all(layout, Self::panel_rows::<S>(), codebooks, codes);
         let mut norms = Vec::new();
@@ -147,7 +156,7 @@ impl<B: Codebook> Cell for Short<B> {
                         let (phase, m) = layout.source(source);
                         let taps = phase.taps_of(&pass.rows);
                         let of_codewords = codebooks[layout.codebook(group, m)].squares();
-                        add_squares(layout, group, m, taps, of_codewords, codes, &mut squares);
+                        add_by_code(layout, group, m, taps, of_codewords, codes, &mut squares);
                     }
                 }
                 norms.push(greatest_norm(&squares));
@@ -373,21 +382,21 @@ fn see<S: Simd>(simd: S, inputs: &Inputs<'_>, batch: &Batch, scratch: &mut [f32]
     }
 }
 
-/// Add to `sums`, one for each output of a group, the squared norms of the
-/// codewords of subspace `m` that it adds through some taps.
-pub(super) fn add_squares(
+/// Add to `sums`, one for each output of a group, the numbers of the codewords of subspace
+/// `m` that it adds through some taps.
+pub(super) fn add_by_code(
     layout: &Layout,
     group: usize,
     m: usize,
     taps: &[usize],
-    squares: &[f32],
+    numbers: &[f32],
     codes: &[u16],
     sums: &mut [f32],
 ) {
     for (o, sum) in sums.iter_mut().enumerate() {
         *sum += taps
             .iter()
-            .map(|&tap| squares[layout.code(group, o, tap, m, codes)])
+            .map(|&tap| numbers[layout.code(group, o, tap, m, codes)])
             .sum::<f32>();
     }
 }

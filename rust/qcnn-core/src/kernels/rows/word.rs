@@ -14,7 +14,7 @@
 use super::Scale;
 use super::layout::Layout;
 use super::short::{
-    Codebook, MAX_TERMS, Prepared, Seen, add_squares, greatest_norm, pack_groups, squares,
+    Codebook, MAX_TERMS, Prepared, Seen, add_by_code, greatest_norm, pack_groups, squares,
 };
 use crate::isa::Simd;
 use crate::kernels::factors::Words;
@@ -58,16 +58,19 @@ impl Codebook for WordCodebook {
     #[inline(always)]
     fn limit(seen: &Seen, norm: f32, scale: f32, dim: usize) -> Scale {
         let [low, high] = seen.range;
+        let greatest = high.max(-low);
         // So that inputs have 16 bits, and the factor they are multiplied with is an
         // ordinary number.
-        let limit = (32_767.0 / high.max(-low)).min(1e30) / 65_536.0 * scale;
-        let bound = seen.norm * norm;
+        let limit = (32_767.0 / greatest).min(1e30) / 65_536.0 * scale;
+        // Of inputs whose squares are too large for float32, at most:
+        let root = ((MAX_TERMS * dim) as f32).sqrt();
+        let bound = seen.norm.min(greatest * root) * norm;
         let rounding = 0.5 + 0.25 * (dim as f32).sqrt();
         // By more than the rounding of the sums above; a smaller scale is always
         // possible, and one that is not too large keeps all factors normal.
         let factor = (32_766.0 - MAX_TERMS as f32 * rounding) / (bound * 1.0001);
         Scale {
-            factor: if bound.is_finite() {
+            factor: if bound.is_finite() && !seen.norm.is_nan() {
                 factor.min(limit).min(1e25)
             } else {
                 f32::NAN
@@ -111,7 +114,7 @@ impl WordCodebook {
             .filter(|&group| layout.codebook(group, m) == i)
             .map(|group| {
                 let mut sums = vec![0.0; layout.geometry.group_out_channels()];
-                add_squares(layout, group, m, &all_taps, &floats, codes, &mut sums);
+                add_by_code(layout, group, m, &all_taps, &floats, codes, &mut sums);
                 greatest_norm(&sums)
             })
             .fold(0.0, f32::max);
