@@ -416,7 +416,7 @@ fn cost<S: Simd, C: Cell>(
     // Adding a vector from L1, loading where it is, what L2 adds; storing one of a table;
     // writing one of responses.
     let [add, offset, outside_l1, store, write] = if has_wide_units::<S>() {
-        [0.5, 0.25, 1.0, 3.0, 4.0]
+        [0.5, 0.25, 1.0, 3.0, 10.0]
     } else {
         [1.1, 0.25, 0.64, 0.0, 16.0]
     };
