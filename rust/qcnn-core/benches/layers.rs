@@ -290,6 +290,22 @@ fn k32_rows(bencher: Bencher<'_, '_>, case: &Case<Conv>) {
     bench_kernel(bencher, case, Some(TWO_REGISTERS), "-i8-rows");
 }
 
+/// Tables of 64 entries: a register for each, or rows.
+const EIGHT_REGISTERS: Setting = Setting {
+    n_centroids: 64,
+    ..TWO_REGISTERS
+};
+
+#[divan::bench(args = cases(&CONVS[1..], &[1]))]
+fn k64_channels(bencher: Bencher<'_, '_>, case: &Case<Conv>) {
+    bench_kernel(bencher, case, Some(EIGHT_REGISTERS), "-i8-channels");
+}
+
+#[divan::bench(args = cases(&CONVS[1..], &[1]))]
+fn k64_rows(bencher: Bencher<'_, '_>, case: &Case<Conv>) {
+    bench_kernel(bencher, case, Some(EIGHT_REGISTERS), "-i8-rows");
+}
+
 /// With one output per group nearly all time is the tables'.
 fn bench_tables(bencher: Bencher<'_, '_>, case: &Case<Conv>, precision: Precision, name: &str) {
     let out_channels = case.layer.groups;

@@ -324,6 +324,19 @@ fn round_to_odd(number: f64) -> f32 {
     f32::from_bits(if outwards { bits + 1 } else { bits - 1 })
 }
 
+/// [`Simd::look_up_64`] byte by byte.
+///
+/// # Safety
+///
+/// As there.
+#[inline(always)]
+unsafe fn look_up_each<S: Simd>(simd: S, table: *const i8, indices: S::I8) -> S::I8 {
+    map_bytes(simd, indices, |index| {
+        // SAFETY: as promised by the caller.
+        unsafe { (*table.add(usize::from(index % 64))).cast_unsigned() }
+    })
+}
+
 /// Work that is compiled once per level.
 pub(crate) trait Task {
     /// What the work returns.
@@ -347,8 +360,9 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
     /// 6 bits, with the shift and the addition that go with it.
     const LOOK_UP_CYCLES: [f64; 3];
     /// Clock cycles that [`look_up_i8`](Self::look_up_i8) takes with 16 and with 32
-    /// entries, with its share of the sums that go with it.
-    const BYTE_LOOK_UP_CYCLES: [f64; 2];
+    /// entries, and [`look_up_64`](Self::look_up_64), with its share of the sums that go
+    /// with it.
+    const BYTE_LOOK_UP_CYCLES: [f64; 3];
     /// Clock cycles that [`look_up_packed`](Self::look_up_packed) takes with 4, 5 and 6
     /// bits, with unpacking and adding.
     const PACKED_LOOK_UP_CYCLES: [f64; 3] = [24.0 * Self::LANES as f64; 3];
@@ -610,6 +624,29 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
         tables: *const i8,
         indices: Self::I8,
     ) -> Self::I8;
+
+    /// Every byte's entry of a table of 64, whose number its lowest 6 bits are.
+    ///
+    /// # Safety
+    ///
+    /// `table` is valid for reads of 64 values.
+    #[inline(always)]
+    unsafe fn look_up_64(self, table: *const i8, indices: Self::I8) -> Self::I8 {
+        // SAFETY: as promised by the caller.
+        unsafe { look_up_each(self, table, indices) }
+    }
+
+    /// `a` and `b` with those bytes exchanged whose number has the bit `BIT`.
+    #[inline(always)]
+    fn exchange_i8<const BIT: usize>(self, a: Self::I8, b: Self::I8) -> [Self::I8; 2] {
+        let bytes = [a, b].map(|vector| bytes_of(self, vector));
+        std::array::from_fn(|other| {
+            let exchanged: [u8; 4 * MAX_LANES] =
+                std::array::from_fn(|i| bytes[other ^ usize::from(i & BIT != 0)][i]);
+            // SAFETY: there are at least as many bytes as a vector has.
+            unsafe { self.load_i8(exchanged.as_ptr().cast()) }
+        })
+    }
 
     /// Bits `4 * i` to `4 * i + 3` of every byte, `i` being 0 or 1.
     #[inline(always)]
@@ -946,6 +983,9 @@ mod tests {
 
         check_byte_look_up::<S, 16>(s);
         check_byte_look_up::<S, 32>(s);
+        check_look_up_64(s);
+        check_exchange::<S, 1>(s);
+        check_exchange::<S, 2>(s);
         check_packed_look_up::<S, 4>(s);
         check_packed_look_up::<S, 5>(s);
         check_packed_look_up::<S, 6>(s);
@@ -1062,6 +1102,45 @@ mod tests {
             let expected: Vec<i8> = (0..4 * S::LANES).map(|i| tables[index(i)]).collect();
             assert_eq!(found, expected, "{} {ENTRIES}", S::NAME);
         }
+    }
+
+    /// Indices of any bytes.
+    #[inline(always)]
+    fn check_look_up_64<S: Simd>(s: S) {
+        let table: Vec<i8> = (0..64).map(|i| (i * 37 % 255) as i8).collect();
+        for first in (0..256).step_by(4 * S::LANES) {
+            let indices: Vec<u8> = (0..4 * S::LANES).map(|i| (first + i) as u8).collect();
+            let mut found = vec![0i8; indices.len()];
+            // SAFETY: there are 64 entries and a vector of indices.
+            unsafe {
+                let vector = s.look_up_64(table.as_ptr(), s.load_i8(indices.as_ptr().cast()));
+                s.store_i8(found.as_mut_ptr(), vector);
+            }
+            let entry = |index: &u8| table[usize::from(*index) % 64];
+            let expected: Vec<i8> = indices.iter().map(entry).collect();
+            assert_eq!(found, expected, "{} {first}", S::NAME);
+        }
+    }
+
+    #[inline(always)]
+    fn check_exchange<S: Simd, const BIT: usize>(s: S) {
+        let a: Vec<i8> = (0..4 * S::LANES as i8).collect();
+        let b: Vec<i8> = a.iter().map(|a| -1 - a).collect();
+        let mut exchanged = [a.clone(), b.clone()];
+        for i in (0..a.len()).filter(|i| i & BIT != 0) {
+            exchanged[0][i] = b[i];
+            exchanged[1][i] = a[i];
+        }
+        // SAFETY: both have the bytes of a vector.
+        let [a, b] = [a, b].map(|bytes| unsafe { s.load_i8(bytes.as_ptr()) });
+        let vectors = s.exchange_i8::<BIT>(a, b);
+        let bytes = vectors.map(|vector| {
+            let mut bytes = vec![0i8; 4 * S::LANES];
+            // SAFETY: there is room for a vector.
+            unsafe { s.store_i8(bytes.as_mut_ptr(), vector) };
+            bytes
+        });
+        assert_eq!(bytes, exchanged, "{} {BIT}", S::NAME);
     }
 
     /// Numbers of `BITS` bits, of which eight are packed in as many bits of a vector each.

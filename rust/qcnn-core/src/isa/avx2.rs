@@ -31,7 +31,7 @@ impl Simd for Avx2 {
     const LANES: usize = 8;
     const REGISTERS: usize = 16;
     const LOOK_UP_CYCLES: [f64; 3] = [2.9, 4.7, 8.6];
-    const BYTE_LOOK_UP_CYCLES: [f64; 2] = [5.0, 8.0];
+    const BYTE_LOOK_UP_CYCLES: [f64; 3] = [5.0, 8.0, f64::INFINITY];
     const PACKED_LOOK_UP_CYCLES: [f64; 3] = [3.0, 3.5, 5.5];
     const LOOK_UP_F32_CYCLES: [f64; 3] = [2.0, 3.8, 7.5];
     const DOT_BYTES_CYCLES: f64 = 3.0;

@@ -9,21 +9,22 @@ use std::arch::x86_64::{
     _mm512_cvtepi32_ps, _mm512_cvtph_ps, _mm512_cvtps_epi32, _mm512_cvtps_ph,
     _mm512_cvtsepi32_epi16, _mm512_div_ps, _mm512_dpbusd_epi32, _mm512_dpwssd_epi32,
     _mm512_extracti64x4_epi64, _mm512_fmadd_ps, _mm512_inserti64x4, _mm512_loadu_ps,
-    _mm512_loadu_si512, _mm512_madd_epi16, _mm512_maddubs_epi16, _mm512_mask_blend_epi16,
-    _mm512_mask_blend_ps, _mm512_mask_max_ps, _mm512_mask_shuffle_epi8, _mm512_mask_storeu_ps,
-    _mm512_maskz_loadu_ps, _mm512_max_ps, _mm512_min_ps, _mm512_movepi8_mask, _mm512_mul_ps,
-    _mm512_packs_epi16, _mm512_packs_epi32, _mm512_permutex2var_epi8, _mm512_permutex2var_epi16,
-    _mm512_permutex2var_epi32, _mm512_permutex2var_ps, _mm512_permutexvar_epi8,
-    _mm512_permutexvar_epi16, _mm512_permutexvar_epi32, _mm512_permutexvar_ps, _mm512_popcnt_epi32,
-    _mm512_rsqrt14_ps, _mm512_set1_epi8, _mm512_set1_epi16, _mm512_set1_epi32, _mm512_set1_ps,
-    _mm512_setr_epi32, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_shuffle_epi8,
-    _mm512_shuffle_f32x4, _mm512_shuffle_ps, _mm512_slli_epi16, _mm512_slli_epi32,
-    _mm512_sllv_epi32, _mm512_srai_epi16, _mm512_srai_epi32, _mm512_srli_epi16, _mm512_srli_epi32,
-    _mm512_srlv_epi32, _mm512_storeu_ps, _mm512_storeu_si512, _mm512_test_epi32_mask,
-    _mm512_unpackhi_ps, _mm512_unpacklo_ps, _mm512_xor_si512,
+    _mm512_loadu_si512, _mm512_madd_epi16, _mm512_maddubs_epi16, _mm512_mask_blend_epi8,
+    _mm512_mask_blend_epi16, _mm512_mask_blend_ps, _mm512_mask_max_ps, _mm512_mask_shuffle_epi8,
+    _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_max_ps, _mm512_min_ps,
+    _mm512_movepi8_mask, _mm512_mul_ps, _mm512_packs_epi16, _mm512_packs_epi32,
+    _mm512_permutex2var_epi8, _mm512_permutex2var_epi16, _mm512_permutex2var_epi32,
+    _mm512_permutex2var_ps, _mm512_permutexvar_epi8, _mm512_permutexvar_epi16,
+    _mm512_permutexvar_epi32, _mm512_permutexvar_ps, _mm512_popcnt_epi32, _mm512_rsqrt14_ps,
+    _mm512_set1_epi8, _mm512_set1_epi16, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setr_epi32,
+    _mm512_setzero_ps, _mm512_setzero_si512, _mm512_shuffle_epi8, _mm512_shuffle_f32x4,
+    _mm512_shuffle_ps, _mm512_slli_epi16, _mm512_slli_epi32, _mm512_sllv_epi32, _mm512_srai_epi16,
+    _mm512_srai_epi32, _mm512_srli_epi16, _mm512_srli_epi32, _mm512_srlv_epi32, _mm512_storeu_ps,
+    _mm512_storeu_si512, _mm512_test_epi32_mask, _mm512_unpackhi_ps, _mm512_unpacklo_ps,
+    _mm512_xor_si512,
 };
 
-use super::{Simd, Task, add_halves, mul_add_halves};
+use super::{Simd, Task, add_halves, look_up_each, mul_add_halves};
 
 /// Token of an AVX-512 level. VNNI multiplies 8- or 16-bit integers and adds the
 /// products up in one instruction, VBMI permutes bytes and stands for VPOPCNTDQ, too,
@@ -51,7 +52,11 @@ impl<const VNNI: bool, const VBMI: bool, const FP16: bool> Simd for Avx512<VNNI,
     const LANES: usize = 16;
     const REGISTERS: usize = 32;
     const LOOK_UP_CYCLES: [f64; 3] = [2.0, 2.0, 2.2];
-    const BYTE_LOOK_UP_CYCLES: [f64; 2] = if VBMI { [1.35, 2.1] } else { [5.0, 14.0] };
+    const BYTE_LOOK_UP_CYCLES: [f64; 3] = if VBMI {
+        [1.35, 2.1, 1.75]
+    } else {
+        [5.0, 14.0, f64::INFINITY]
+    };
     const LOOK_UP_F32_CYCLES: [f64; 3] = [2.5, 2.7, 3.6];
     const DOT_BYTES_CYCLES: f64 = if VNNI { 1.0 } else { 3.0 };
     const COUNT_CYCLES: f64 = if VBMI { 1.6 } else { 5.0 };
@@ -492,6 +497,35 @@ impl<const VNNI: bool, const VBMI: bool, const FP16: bool> Simd for Avx512<VNNI,
                 }
             }
             found
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn look_up_64(self, table: *const i8, indices: __m512i) -> __m512i {
+        // SAFETY: `self` proves AVX-512 F, and VBMI where it is used; the caller vouches
+        // for 64 entries.
+        unsafe {
+            if VBMI {
+                return _mm512_permutexvar_epi8(indices, _mm512_loadu_si512(table.cast()));
+            }
+            look_up_each(self, table, indices)
+        }
+    }
+
+    #[inline(always)]
+    fn exchange_i8<const BIT: usize>(self, a: __m512i, b: __m512i) -> [__m512i; 2] {
+        // Bytes whose number has the bit.
+        let odd = if BIT == 1 {
+            0xaaaa_aaaa_aaaa_aaaa
+        } else {
+            0xcccc_cccc_cccc_cccc
+        };
+        // SAFETY: `self` proves AVX-512 BW.
+        unsafe {
+            [
+                _mm512_mask_blend_epi8(odd, a, b),
+                _mm512_mask_blend_epi8(odd, b, a),
+            ]
         }
     }
 

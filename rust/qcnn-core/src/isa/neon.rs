@@ -32,7 +32,7 @@ impl Simd for Neon {
     // Not measured but computed: llvm-mca's throughput of these instructions on
     // Neoverse N1.
     const LOOK_UP_CYCLES: [f64; 3] = [4.0, 4.8, 8.2];
-    const BYTE_LOOK_UP_CYCLES: [f64; 2] = [2.1, 5.0];
+    const BYTE_LOOK_UP_CYCLES: [f64; 3] = [2.1, 5.0, f64::INFINITY];
     const PACKED_LOOK_UP_CYCLES: [f64; 3] = [4.0, 5.0, 8.0];
     const LOOK_UP_F32_CYCLES: [f64; 3] = [5.5; 3];
     const DOT_BYTES_CYCLES: f64 = 1.6;

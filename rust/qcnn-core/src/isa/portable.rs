@@ -15,7 +15,7 @@ impl<const N: usize> Simd for Portable<N> {
     const LANES: usize = N;
     const REGISTERS: usize = 16;
     const LOOK_UP_CYCLES: [f64; 3] = [12.0 * N as f64; 3];
-    const BYTE_LOOK_UP_CYCLES: [f64; 2] = [12.0 * N as f64; 2];
+    const BYTE_LOOK_UP_CYCLES: [f64; 3] = [12.0 * N as f64, 12.0 * N as f64, f64::INFINITY];
     const LOOK_UP_F32_CYCLES: [f64; 3] = [6.0 * N as f64; 3];
     const DOT_BYTES_CYCLES: f64 = 3.0;
     const COUNT_CYCLES: f64 = 4.5;

@@ -11,6 +11,20 @@
 //! Tables are built row by row of the input, each once: a ring holds as many rows
 //! as a row of outputs sees, small enough for L2.
 //!
+//! # Tables of 64 entries
+//!
+//! Then the table of one subspace fills a vector of 64 bytes, and a permutation looks up
+//! one entry for each of four times as many outputs as there are lanes. The entries of the
+//! two halves are added as before, which leaves the four sums of an output in four
+//! vectors, where the product wants them in one lane. Byte `i` of a lane of pair `j`'s
+//! vector is for vector `i ^ j` of the block's outputs: so that of vector `v` takes its
+//! byte `i` from pair `i ^ v`. Bytes change vectors but never places, which takes
+//! eight blends for the four products, and the weights of a pixel are stored in four
+//! orders. (Products with one weight and three zeros would need no blends, but be 16.)
+//!
+//! Only AVX-512 VBMI has such a permutation. What other levels do instead is
+//! for tests: their cost is infinite.
+//!
 //! # Scales
 //!
 //! Subspaces are taken by eight: `A_j` and `B_j` for `j < 4` share a weight. An
@@ -67,12 +81,29 @@ const HALF: usize = 4;
 /// Pixels of which products with codewords are in registers at a time.
 const PRODUCTS: usize = 4;
 
-/// Vectors of outputs summed together.
-const BLOCK: usize = 2;
+/// Vectors of outputs summed together. For 64 entries a vector of codes has as many
+/// outputs.
+const fn block(entries: usize) -> usize {
+    if entries == 64 { 4 } else { 2 }
+}
 
-/// Output pixels summed together: 16 sums leave registers for the codes of both
-/// halves of both vectors of outputs, and for tables.
-const STRIPS: [usize; 3] = [4, 7, 8];
+/// Output pixels summed together: 16 sums leave registers for the codes of a step, which
+/// are twice as many vectors as a block has, and for tables.
+const fn strips(entries: usize) -> [usize; 3] {
+    if entries == 64 { [2, 3, 4] } else { [4, 7, 8] }
+}
+
+/// Orders that the weights of an octet are stored in, see [`in_order`].
+const fn orders(entries: usize) -> usize {
+    if entries == 64 { HALF } else { 1 }
+}
+
+/// Weights of four bytes, of which byte `i` becomes byte `i ^ order`.
+#[inline(always)]
+fn in_order(weights: u32, order: usize) -> u32 {
+    let bytes = weights.to_le_bytes();
+    u32::from_le_bytes(std::array::from_fn(|i| bytes[i ^ order]))
+}
 
 /// Greatest weight of a pair.
 const MAX_WEIGHT: f32 = 127.0;
@@ -95,7 +126,7 @@ pub(crate) struct ChannelsConv<S> {
     name: String,
     geometry: ConvGeometry,
     pq: PqGeometry,
-    /// Entries of a table, 16 or 32.
+    /// Entries of a table: 16, 32 or 64.
     entries: usize,
     /// Output pixels summed together.
     strip: usize,
@@ -105,8 +136,9 @@ pub(crate) struct ChannelsConv<S> {
     /// For each set of codebooks, octet and half: `(pairs of channels, 4 tables
     /// of entries)`, the first channel in the lower half.
     codewords: Vec<i32>,
-    /// For each group, block of outputs, octet and tap the indices of half A for
-    /// `BLOCK` vectors of outputs, then of half B.
+    /// For each group, block of outputs, octet and tap as many vectors of indices as
+    /// a block has for half A, then for half B. With 64 entries these are the four
+    /// subspaces, else the vectors of outputs.
     codes: Buffer<u8>,
     /// `(groups, padded outputs)`
     bias: Vec<f32>,
@@ -124,12 +156,15 @@ struct Subspace {
     factors: Vec<f32>,
 }
 
-/// Entries of a table for `n_centroids` codewords, if the kernel has such.
-fn entries(n_centroids: usize) -> Option<usize> {
+/// Entries that tables of `n_centroids` codewords may have, if the kernel has such.
+fn entries<S: Simd>(n_centroids: usize) -> &'static [usize] {
     match n_centroids {
-        0..=16 => Some(16),
-        17..=32 => Some(32),
-        _ => None,
+        0..=16 => &[16],
+        // Where a permutation of two vectors takes more than twice the time of one.
+        17..=32 if has_wide_units::<S>() => &[32, 64],
+        17..=32 => &[32],
+        33..=64 => &[64],
+        _ => &[],
     }
 }
 
@@ -143,7 +178,9 @@ fn ring_extent(geometry: &ConvGeometry, strip: usize) -> [usize; 2] {
 
 impl<S: Simd> ChannelsConv<S> {
     /// Outputs of a block.
-    const OUTPUTS: usize = BLOCK * S::LANES;
+    const fn outputs(entries: usize) -> usize {
+        block(entries) * S::LANES
+    }
 
     pub(crate) fn candidate<'a>(simd: S, layer: &'a ConvLayer<'a>) -> Option<Candidate<'a>> {
         let Weights::ProductQuantized {
@@ -155,13 +192,12 @@ impl<S: Simd> ChannelsConv<S> {
             return None;
         };
         let g = layer.geometry;
-        let entries = entries(pq.n_centroids)?;
         let octets = pq.n_subspaces.div_ceil(OCTET);
         let greatest = (127 * 127 * HALF).checked_mul(g.taps() * octets)?;
         if pq.subvector_dim > MAX_SUBVECTOR_DIM || i32::try_from(greatest).is_err() {
             return None;
         }
-        let cost = |strip: usize| {
+        let cost = |entries: usize, strip: usize| {
             let [rows, row_pixels] = ring_extent(g, strip);
             let ring_bytes = rows * row_pixels * octets * OCTET * entries;
             if ring_bytes > RING_BYTES {
@@ -177,24 +213,25 @@ impl<S: Simd> ChannelsConv<S> {
             // Of a pixel and a vector of outputs: the look-ups of both halves;
             // loading codes.
             let mut look_up = 2.0 * S::BYTE_LOOK_UP_CYCLES[entries / 32];
-            if has_wide_units::<S>() && entries == 16 {
-                // The others of their permutations, of two vectors, are no faster than Zen 4's.
-                look_up *= 0.83;
+            if has_wide_units::<S>() {
+                // They load more, but permute two vectors no faster than Zen 4.
+                look_up *= [0.83, 1.0, 0.9][entries / 32];
             }
             let strips = g.out_size[1].div_ceil(strip) as f64;
-            let step = BLOCK as f64 * (strip as f64 * look_up + 2.0);
-            let blocks = g.group_out_channels().div_ceil(Self::OUTPUTS) as f64;
+            let step = block(entries) as f64 * (strip as f64 * look_up + 2.0);
+            let blocks = g.group_out_channels().div_ceil(Self::outputs(entries)) as f64;
             let steps = (octets * g.taps()) as f64;
-            let sums = (strip * Self::OUTPUTS) as f64;
+            let sums = (strip * Self::outputs(entries)) as f64;
             let look_ups = g.out_size[0] as f64 * blocks * strips * (steps * step + sums);
             // Reading the input to find its peak.
             let peaks = (g.group_in_channels() * g.in_pixels()) as f64 / 16.0;
             Some(g.groups as f64 * (tables * build + look_ups + peaks * 3.0))
         };
-        let (strip, cycles) = STRIPS
-            .iter()
-            .filter_map(|&strip| Some((strip, cost(strip)?)))
-            .min_by(|a, b| a.1.total_cmp(&b.1))?;
+        let choices = entries::<S>(pq.n_centroids).iter();
+        let (entries, strip, cycles) = choices
+            .flat_map(|&entries| strips(entries).map(|strip| (entries, strip)))
+            .filter_map(|(entries, strip)| Some((entries, strip, cost(entries, strip)?)))
+            .min_by(|a, b| a.2.total_cmp(&b.2))?;
         Some(Candidate::new(cycles, move || {
             Self::new(simd, layer, (pq, codebooks, codes), entries, strip)
         }))
@@ -209,7 +246,7 @@ impl<S: Simd> ChannelsConv<S> {
     ) -> Self {
         let geometry = layer.geometry.clone();
         let outputs = geometry.group_out_channels();
-        let padded = outputs.next_multiple_of(Self::OUTPUTS);
+        let padded = outputs.next_multiple_of(Self::outputs(entries));
         let mut bias = vec![0.0; geometry.groups * padded];
         if let Some(values) = layer.bias {
             let rows = bias.chunks_exact_mut(padded);
@@ -295,19 +332,20 @@ impl<S: Simd> ChannelsConv<S> {
     fn pack_codes(&self, codes: &[u16]) -> Buffer<u8> {
         let g = &self.geometry;
         let (taps, outputs) = (g.taps(), g.group_out_channels());
-        let padded = outputs.next_multiple_of(Self::OUTPUTS);
+        let block = Self::outputs(self.entries);
+        let padded = outputs.next_multiple_of(block);
         let len = g.groups * padded * self.octets() * taps * OCTET;
         let mut packed = Buffer::zeroed(len);
-        let half_len = Self::OUTPUTS * HALF;
-        let mut halves = packed.chunks_exact_mut(half_len);
+        let mut halves = packed.chunks_exact_mut(block * HALF);
         for group in 0..g.groups {
-            for first in (0..padded).step_by(Self::OUTPUTS) {
+            for first in (0..padded).step_by(block) {
                 for octet in 0..self.octets() {
                     for tap in 0..taps {
                         for half in 0..2 {
                             let bytes = halves.next().expect("there is room for all codes");
                             for (i, byte) in bytes.iter_mut().enumerate() {
-                                let (o, j) = (first + i / HALF, i % HALF);
+                                let (o, j) = self.place(i);
+                                let o = first + o;
                                 let m = octet * OCTET + half * HALF + j;
                                 // Of tables that are zeros, or for no output: any entry.
                                 let mut code = 0;
@@ -316,7 +354,10 @@ impl<S: Simd> ChannelsConv<S> {
                                     code = codes[(o * taps + tap) * self.pq.n_subspaces + m];
                                 }
                                 assert!(usize::from(code) < self.pq.n_centroids);
-                                *byte = (j * self.entries) as u8 + code as u8;
+                                *byte = code as u8;
+                                if self.entries < 64 {
+                                    *byte += (j * self.entries) as u8;
+                                }
                             }
                         }
                     }
@@ -324,6 +365,16 @@ impl<S: Simd> ChannelsConv<S> {
             }
         }
         packed
+    }
+
+    /// The output of a block and the subspace of a half that byte `i` of the half's
+    /// indices is for.
+    fn place(&self, i: usize) -> (usize, usize) {
+        if self.entries < 64 {
+            return (i / HALF, i % HALF);
+        }
+        let (j, i) = (i / (4 * S::LANES), i % (4 * S::LANES));
+        (((i % 4) ^ j) * S::LANES + i / 4, j)
     }
 
     /// float32 elements of each part of the scratch: tables of the ring, weights,
@@ -334,9 +385,9 @@ impl<S: Simd> ChannelsConv<S> {
         let row = self.geometry.out_size[1].next_multiple_of(self.strip);
         [
             (pixels * self.table_len() / 4).next_multiple_of(16),
-            pixels.next_multiple_of(16),
+            (pixels * orders(self.entries)).next_multiple_of(16),
             2 * self.pairs() * HALF * S::LANES,
-            (row + S::LANES) * Self::OUTPUTS,
+            (row + S::LANES) * Self::outputs(self.entries),
         ]
     }
 }
@@ -411,7 +462,9 @@ impl<S: Simd> ChannelsConv<S> {
         };
         let subspaces = &self.subspaces[set * self.octets() * OCTET..][..self.octets() * OCTET];
         let codewords = &self.codewords[set * self.set_len()..][..self.set_len()];
-        let padded = g.group_out_channels().next_multiple_of(Self::OUTPUTS);
+        let padded = g
+            .group_out_channels()
+            .next_multiple_of(Self::outputs(self.entries));
         let codes: &[i8] = bytemuck::cast_slice(&self.codes);
         let codes_len = padded * self.octets() * g.taps() * OCTET;
         let codes = &codes[group * codes_len..][..codes_len];
@@ -453,7 +506,8 @@ impl<S: Simd> ChannelsConv<S> {
             for row in next.max(first)..first + ring_rows {
                 let slot = row % ring_rows * row_len;
                 let tables = &mut tables[slot * self.table_len()..][..row_len * self.table_len()];
-                let weights = &mut weights[slot..][..row_len];
+                let orders = orders(self.entries);
+                let weights = &mut weights[slot * orders..][..row_len * orders];
                 let in_y = row.wrapping_sub(g.padding.top);
                 if in_y < g.in_size[0] {
                     let row = Row {
@@ -471,10 +525,10 @@ impl<S: Simd> ChannelsConv<S> {
                         tables,
                         weights,
                     };
-                    if self.entries == 16 {
-                        self.simd.call(BuildRow::<_, 16>(row));
-                    } else {
-                        self.simd.call(BuildRow::<_, 32>(row));
+                    match self.entries {
+                        16 => self.simd.call(BuildRow::<_, 16>(row)),
+                        32 => self.simd.call(BuildRow::<_, 32>(row)),
+                        _ => self.simd.call(BuildRow::<_, 64>(row)),
                     }
                 } else {
                     tables.fill(0);
@@ -500,12 +554,15 @@ impl<S: Simd> ChannelsConv<S> {
     fn look_up_row(&self, row: LookUp<'_>) {
         let simd = self.simd;
         match (self.entries, self.strip) {
-            (16, 4) => simd.call(LookUpRow::<16, 4>(row)),
-            (16, 7) => simd.call(LookUpRow::<16, 7>(row)),
-            (16, 8) => simd.call(LookUpRow::<16, 8>(row)),
-            (32, 4) => simd.call(LookUpRow::<32, 4>(row)),
-            (32, 7) => simd.call(LookUpRow::<32, 7>(row)),
-            (32, 8) => simd.call(LookUpRow::<32, 8>(row)),
+            (16, 4) => simd.call(LookUpRow::<16, 2, 4>(row)),
+            (16, 7) => simd.call(LookUpRow::<16, 2, 7>(row)),
+            (16, 8) => simd.call(LookUpRow::<16, 2, 8>(row)),
+            (32, 4) => simd.call(LookUpRow::<32, 2, 4>(row)),
+            (32, 7) => simd.call(LookUpRow::<32, 2, 7>(row)),
+            (32, 8) => simd.call(LookUpRow::<32, 2, 8>(row)),
+            (64, 2) => simd.call(LookUpRow::<64, 4, 2>(row)),
+            (64, 3) => simd.call(LookUpRow::<64, 4, 3>(row)),
+            (64, 4) => simd.call(LookUpRow::<64, 4, 4>(row)),
             other => unreachable!("no candidate has (entries, strip) {other:?}"),
         }
     }
@@ -624,7 +681,7 @@ struct Row<'a, K> {
     pairs: &'a mut [i32],
     /// `(octets, pitch)`
     tables: &'a mut [i8],
-    /// `(octets, pitch)`
+    /// `(octets, pitch, orders)`
     weights: &'a mut [u32],
 }
 
@@ -655,7 +712,12 @@ impl<K: Simd, const ENTRIES: usize> Task for BuildRow<'_, K, ENTRIES> {
                     row.scale,
                     row.pairs,
                 );
-                row.weights[at..at + n].copy_from_slice(&weights[..n]);
+                let targets = row.weights[at * orders(ENTRIES)..].chunks_exact_mut(orders(ENTRIES));
+                for (target, weights) in targets.zip(&weights[..n]) {
+                    for (order, target) in target.iter_mut().enumerate() {
+                        *target = in_order(*weights, order);
+                    }
+                }
                 for half in 0..2 {
                     let products = Products {
                         codewords: &row.codewords[(2 * octet + half) * half_len..][..half_len],
@@ -810,7 +872,7 @@ struct LookUp<'a> {
     first_row: usize,
     /// `(rows of the ring, octets, pixels of a row)` of 8 tables.
     tables: &'a [i8],
-    /// The same.
+    /// The same of the weights in all orders.
     weights: &'a [u32],
     /// See [`ChannelsConv::codes`].
     codes: &'a [i8],
@@ -826,23 +888,25 @@ struct LookUp<'a> {
     output: &'a mut [f32],
 }
 
-/// [`LookUp`] in strips of `P` pixels.
-struct LookUpRow<'a, const ENTRIES: usize, const P: usize>(LookUp<'a>);
+/// [`LookUp`] in strips of `P` pixels and blocks of `V` vectors of outputs.
+struct LookUpRow<'a, const ENTRIES: usize, const V: usize, const P: usize>(LookUp<'a>);
 
-impl<const ENTRIES: usize, const P: usize> Task for LookUpRow<'_, ENTRIES, P> {
+impl<const ENTRIES: usize, const V: usize, const P: usize> Task for LookUpRow<'_, ENTRIES, V, P> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
+        const { assert!(V == block(ENTRIES)) }
         let row = self.0;
         let g = row.geometry;
         let [ring_rows, row_pixels] = ring_extent(g, P);
         let width = g.out_size[1];
-        let block = BLOCK * S::LANES;
+        let block = V * S::LANES;
         let codes_len = row.octets * g.taps() * OCTET * block;
         let padded = width.next_multiple_of(P);
         let pixels = ring_rows * row.octets * row_pixels;
-        assert!(row.weights.len() >= pixels && row.tables.len() >= pixels * OCTET * ENTRIES);
+        assert!(row.weights.len() >= pixels * orders(ENTRIES));
+        assert!(row.tables.len() >= pixels * OCTET * ENTRIES);
         assert!(row.sums.len() >= (padded + S::LANES) * block && row.first_row < ring_rows);
         for (i, bias) in row.bias.chunks_exact(block).enumerate() {
             let codes = &row.codes[i * codes_len..][..codes_len];
@@ -860,13 +924,13 @@ impl<const ENTRIES: usize, const P: usize> Task for LookUpRow<'_, ENTRIES, P> {
                 // SAFETY: the tables and weights are those of ring_rows rows with
                 // row_pixels pixels, and the codes those of a block, as asserted;
                 // x is the first pixel of a strip.
-                let sums = unsafe { strip.run::<S, ENTRIES, P>(simd) };
+                let sums = unsafe { strip.run::<S, ENTRIES, V, P>(simd) };
                 let unit = simd.splat(row.unit);
                 let floor = simd.splat(row.floor);
                 for p in 0..P {
-                    for v in 0..BLOCK {
+                    for v in 0..V {
                         let sum = simd.float_i32(sums[p][v]);
-                        // SAFETY: bias has BLOCK vectors, sums as many for each of
+                        // SAFETY: bias has V vectors, sums as many for each of
                         // the padded pixels, as asserted.
                         unsafe {
                             let bias = simd.load(bias.as_ptr().add(v * S::LANES));
@@ -882,7 +946,7 @@ impl<const ENTRIES: usize, const P: usize> Task for LookUpRow<'_, ENTRIES, P> {
                 }
             }
             let outputs = g.group_out_channels() - i * block;
-            for v in 0..BLOCK {
+            for v in 0..V {
                 let outputs = S::LANES.min(outputs.saturating_sub(v * S::LANES));
                 for x in (0..width).step_by(S::LANES) {
                     if outputs == 0 {
@@ -932,16 +996,17 @@ impl Strip<'_> {
     /// are those of a block for all octets and taps, and `x` is less than the
     /// width of the output in whole strips.
     #[inline(always)]
-    unsafe fn run<S: Simd, const ENTRIES: usize, const P: usize>(
+    unsafe fn run<S: Simd, const ENTRIES: usize, const V: usize, const P: usize>(
         self,
         simd: S,
-    ) -> [[S::I32; BLOCK]; P] {
+    ) -> [[S::I32; V]; P] {
         let g = self.geometry;
         let ring_rows = ring_extent(g, P)[0];
         let vector = 4 * S::LANES;
         let table_len = OCTET * ENTRIES;
+        let orders = orders(ENTRIES);
         let mut codes = self.codes.as_ptr();
-        let mut sums = [[simd.splat_i32(0); BLOCK]; P];
+        let mut sums = [[simd.splat_i32(0); V]; P];
         for octet in 0..self.octets {
             for ky in 0..g.kernel[0] {
                 let row = (self.first_row + ky * g.dilation[0]) % ring_rows;
@@ -949,26 +1014,25 @@ impl Strip<'_> {
                 for kx in 0..g.kernel[1] {
                     let first = row + self.x * g.stride[1] + kx * g.dilation[1];
                     // SAFETY: the furthest pixel that a strip reads is the last of
-                    // its row; each step has 2 * BLOCK vectors of codes, of indices
-                    // into four tables.
+                    // its row; each step has 2 * V vectors of codes, of indices
+                    // into the tables of a half.
                     unsafe {
-                        let mut index = [[simd.load_i8(codes); BLOCK]; 2];
+                        let mut index = [[simd.load_i8(codes); V]; 2];
                         for half in 0..2 {
-                            for v in 0..BLOCK {
-                                let codes = codes.add((half * BLOCK + v) * vector);
+                            for v in 0..V {
+                                let codes = codes.add((half * V + v) * vector);
                                 index[half][v] = simd.load_i8(codes);
                             }
                         }
-                        codes = codes.add(2 * BLOCK * vector);
+                        codes = codes.add(2 * V * vector);
                         for p in 0..P {
                             let pixel = first + p * g.stride[1];
-                            let table = self.tables.as_ptr().add(pixel * table_len);
-                            let other = table.add(HALF * ENTRIES);
-                            let weights = *self.weights.as_ptr().add(pixel);
-                            for v in 0..BLOCK {
-                                let a = simd.look_up_i8::<ENTRIES>(table, index[0][v]);
-                                let b = simd.look_up_i8::<ENTRIES>(other, index[1][v]);
-                                sums[p][v] = simd.dot_i8(weights, simd.add_i8(a, b), sums[p][v]);
+                            let tables = self.tables.as_ptr().add(pixel * table_len);
+                            let weights = self.weights.as_ptr().add(pixel * orders);
+                            let found = look_up_octet::<S, ENTRIES, V>(simd, tables, index);
+                            for v in 0..V {
+                                let weights = *weights.add(v % orders);
+                                sums[p][v] = simd.dot_i8(weights, found[v], sums[p][v]);
                             }
                         }
                     }
@@ -977,4 +1041,47 @@ impl Strip<'_> {
         }
         sums
     }
+}
+
+/// For each of a block of outputs the sums of the entries of four pairs of subspaces in
+/// the bytes of a lane: pair `i` in byte `i`, or with 64 entries pair `i ^ v` of vector `v`.
+///
+/// # Safety
+///
+/// `tables` is valid for reads of the tables of an octet.
+#[inline(always)]
+unsafe fn look_up_octet<S: Simd, const ENTRIES: usize, const V: usize>(
+    simd: S,
+    tables: *const i8,
+    index: [[S::I8; V]; 2],
+) -> [S::I8; V] {
+    let mut found = index[0];
+    for v in 0..V {
+        // SAFETY: the caller vouches for twice HALF tables. With 64 entries V is HALF.
+        let [a, b] = unsafe {
+            let other = tables.add(HALF * ENTRIES);
+            if ENTRIES == 64 {
+                [
+                    simd.look_up_64(tables.add(v * ENTRIES), index[0][v]),
+                    simd.look_up_64(other.add(v * ENTRIES), index[1][v]),
+                ]
+            } else {
+                [
+                    simd.look_up_i8::<ENTRIES>(tables, index[0][v]),
+                    simd.look_up_i8::<ENTRIES>(other, index[1][v]),
+                ]
+            }
+        };
+        found[v] = simd.add_i8(a, b);
+    }
+    if ENTRIES == 64 {
+        // From vectors of a pair to vectors of outputs.
+        for v in [0, 2] {
+            [found[v], found[v + 1]] = simd.exchange_i8::<1>(found[v], found[v + 1]);
+        }
+        for v in [0, 1] {
+            [found[v], found[v + 2]] = simd.exchange_i8::<2>(found[v], found[v + 2]);
+        }
+    }
+    found
 }

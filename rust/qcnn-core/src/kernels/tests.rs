@@ -687,6 +687,27 @@ fn conv_channels_around_the_tiles() {
 }
 
 #[test]
+fn conv_outputs_around_the_blocks_of_tables_in_registers() {
+    let mut failures = Vec::new();
+    for n_centroids in [16, 32, 33, 64] {
+        for out_channels in [15, 16, 17, 31, 32, 33, 63, 64, 65, 130] {
+            // Octets that are full and that are not, and strips of all lengths.
+            for (in_channels, width) in [(7, 4), (8, 5), (9, 6), (17, 9)] {
+                let case = ConvCase {
+                    input: [in_channels, 4, width],
+                    out_channels,
+                    padding: [0, 1, 1, 0],
+                    pq: pq(n_centroids, 1),
+                    ..ConvCase::default()
+                };
+                failures.extend(case.check().err());
+            }
+        }
+    }
+    report(&failures);
+}
+
+#[test]
 fn conv_blocks() {
     // More products, outputs and pixels than one block of any kernel holds.
     let mut failures = Vec::new();
@@ -772,6 +793,12 @@ fn conv_strides_dilations_groups() {
             subvector_dim: 3,
             parts: 2,
         }),
+        // Registers of 64 entries.
+        Some(Pq {
+            n_centroids: 40,
+            subvector_dim: 1,
+            parts: 1,
+        }),
     ] {
         for (kernel, stride, dilation, groups) in [
             ([3, 3], [2, 2], [1, 1], 1),
@@ -812,7 +839,9 @@ fn conv_strides_dilations_groups() {
 #[test]
 fn conv_codebook_sizes() {
     let mut failures = Vec::new();
-    for n_centroids in [1, 2, 3, 15, 16, 17, 255, 256, 257, 1000, 65536] {
+    for n_centroids in [
+        1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 255, 256, 257, 1000, 65536,
+    ] {
         let case = ConvCase {
             input: [3, 9, 9],
             pq: pq(n_centroids, 2),
@@ -1128,6 +1157,8 @@ fn conv_reduced_errors_are_small_and_the_same_on_all_levels() {
         (pq(16, 4), 1.5e-2),
         (pq(32, 4), 1.5e-2),
         (pq(32, 8), 2.5e-2),
+        (pq(64, 4), 1.5e-2),
+        (pq(64, 8), 2.5e-2),
     ] {
         let mut parameters = gaussian_conv(&geometry, pq);
         parameters.bias = None;
@@ -1173,11 +1204,11 @@ fn conv_reduced_errors_are_small_and_the_same_on_all_levels() {
 
 #[test]
 fn conv_reduced_sums_do_not_overflow() {
-    // One codeword, the greatest products at every pixel and tap.
+    // Codewords that are all the same: the greatest products at every pixel and tap.
     let geometry =
         ConvGeometry::new("x", [80, 5, 5], 3, [5, 5], [1, 1], [1, 1], [0; 4], 1).unwrap();
-    for dim in [1, 8, 80] {
-        let mut parameters = gaussian_conv(&geometry, pq(1, dim));
+    for [n_centroids, dim] in [[1, 1], [1, 8], [1, 80], [32, 8], [64, 1], [64, 8]] {
+        let mut parameters = gaussian_conv(&geometry, pq(n_centroids, dim));
         for [weight, x] in [[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]] {
             parameters.floats.fill(weight);
             let layer = ConvLayer {
@@ -1194,7 +1225,7 @@ fn conv_reduced_sums_do_not_overflow() {
                 for (name, output) in reduced_responses(&layer, name, &input) {
                     for y in output {
                         let error = (y * weight * x - 2000.0).abs() / 2000.0;
-                        assert!(error < 8e-3, "{name} {dim}: {y}");
+                        assert!(error < 8e-3, "{name} {n_centroids} {dim}: {y}");
                     }
                 }
             }
@@ -1243,38 +1274,40 @@ fn conv_errors_of_two_digits_are_small() {
 #[test]
 fn conv_reduced_special_inputs() {
     let geometry = ConvGeometry::new("x", [7, 6, 5], 5, [2, 2], [1, 1], [1, 1], [1; 4], 1).unwrap();
-    let parameters = gaussian_conv(&geometry, pq(9, 3));
-    let layer = ConvLayer {
-        geometry: &geometry,
-        weights: parameters.weights(),
-        bias: parameters.bias.as_deref(),
-    };
-    for name in REDUCED_KERNELS {
-        let mut input = vec![0.0; 7 * 30];
-        for (name, output) in reduced_responses(&layer, name, &input) {
-            let bias = parameters.bias.as_ref().unwrap();
-            for (channel, bias) in output.chunks_exact(geometry.out_pixels()).zip(bias) {
-                assert_eq!(channel, vec![*bias; channel.len()], "{name}");
-            }
-        }
-        // One number that is much greater than all others leaves room for no others.
-        input.fill(0.5);
-        input[123] = 1e30;
-        let mut expected = vec![0.0; 5 * geometry.out_pixels()];
-        scalar::conv(&layer, 1, &input, &mut expected);
-        for (name, output) in reduced_responses(&layer, name, &input) {
-            for (y, expected) in output.iter().zip(&expected) {
-                let error = (y - expected).abs();
-                assert!(error <= 1.5e28, "{name}: {y}, expected {expected}");
-            }
-        }
-        // What sees the number, in row 0 and column 3 of channel 4, has no response.
-        for special in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-            input[123] = special;
+    for n_centroids in [9, 64] {
+        let parameters = gaussian_conv(&geometry, pq(n_centroids, 3));
+        let layer = ConvLayer {
+            geometry: &geometry,
+            weights: parameters.weights(),
+            bias: parameters.bias.as_deref(),
+        };
+        for name in REDUCED_KERNELS {
+            let mut input = vec![0.0; 7 * 30];
             for (name, output) in reduced_responses(&layer, name, &input) {
-                for channel in output.chunks_exact(7 * 6) {
-                    for i in [3, 4, 9, 10] {
-                        assert!(!channel[i].is_finite(), "{name} {special}: {output:?}");
+                let bias = parameters.bias.as_ref().unwrap();
+                for (channel, bias) in output.chunks_exact(geometry.out_pixels()).zip(bias) {
+                    assert_eq!(channel, vec![*bias; channel.len()], "{name}");
+                }
+            }
+            // One number that is much greater than all others leaves room for no others.
+            input.fill(0.5);
+            input[123] = 1e30;
+            let mut expected = vec![0.0; 5 * geometry.out_pixels()];
+            scalar::conv(&layer, 1, &input, &mut expected);
+            for (name, output) in reduced_responses(&layer, name, &input) {
+                for (y, expected) in output.iter().zip(&expected) {
+                    let error = (y - expected).abs();
+                    assert!(error <= 1.5e28, "{name}: {y}, expected {expected}");
+                }
+            }
+            // What sees the number, in row 0 and column 3 of channel 4, has no response.
+            for special in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                input[123] = special;
+                for (name, output) in reduced_responses(&layer, name, &input) {
+                    for channel in output.chunks_exact(7 * 6) {
+                        for i in [3, 4, 9, 10] {
+                            assert!(!channel[i].is_finite(), "{name} {special}: {output:?}");
+                        }
                     }
                 }
             }
