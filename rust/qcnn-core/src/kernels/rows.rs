@@ -70,6 +70,9 @@ const L1_BYTES: usize = 48 << 10;
 /// What tables and accumulators of a tile may take of L2.
 const L2_BYTES: usize = 640 << 10;
 
+/// What maps may take of L2 while tiles come and go.
+const MAP_BYTES: usize = 1600 << 10;
+
 /// Outputs whose responses are written in turns.
 const WRITTEN_TOGETHER: usize = 8;
 
@@ -462,6 +465,19 @@ fn cost<S: Simd, C: Cell>(
     Some((geometry.groups * cut.tiles) as f64 * cycles)
 }
 
+/// Clock cycles of an image that the maps take for which L2 has no room: tiles do not read
+/// and write them in the order of memory. Measured where vectors are fast enough to show it.
+fn map_cycles<S: Simd>(geometry: &ConvGeometry) -> f64 {
+    let input = geometry.in_channels * geometry.in_pixels();
+    let output = geometry.out_channels * geometry.out_pixels();
+    let beyond = (input + output).saturating_sub(MAP_BYTES / size_of::<f32>());
+    if has_wide_units::<S>() {
+        0.8 * beyond as f64
+    } else {
+        0.0
+    }
+}
+
 impl<S: Simd, C: Cell> RowsConv<S, C> {
     pub(crate) fn candidate<'a>(simd: S, layer: &'a ConvLayer<'a>) -> Option<Candidate<'a>> {
         let Weights::ProductQuantized {
@@ -476,6 +492,7 @@ impl<S: Simd, C: Cell> RowsConv<S, C> {
             return None;
         }
         let (layouts, cycles) = choose_layouts::<S, C>(layer.geometry, pq)?;
+        let cycles = cycles + map_cycles::<S>(layer.geometry);
         Some(Candidate::new(cycles, move || {
             let block =
                 |layout: &Layout| Block::new(simd, layer.bias, layout.clone(), codebooks, codes);
