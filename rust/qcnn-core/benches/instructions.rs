@@ -1,6 +1,6 @@
-//! What the CPU's instructions allow: 16-bit integers, which kernels use, beside 16-bit
-//! floats, which none does. Items are instructions; divided by the clock rate, which
-//! `layers` prints, they are instructions per cycle.
+//! What the CPU's instructions allow: 16-bit integers beside 16-bit floats. Items are
+//! instructions; divided by the clock rate, which `layers` prints, they are instructions per
+//! cycle.
 
 #[cfg(target_arch = "x86_64")]
 mod x86_64 {

@@ -21,12 +21,18 @@ use crate::kernels::planes::Planes;
 use crate::kernels::tile::{
     MAX_COLUMNS, MAX_TILE, TILE_VECTORS, load_tile, store_tile, tile, tile_rows,
 };
-use crate::kernels::{Candidate, ConvLayer, Kernel, multiply_cycles};
+use crate::kernels::{Candidate, ConvLayer, Kernel, has_wide_units, multiply_cycles};
 
 /// Bytes of one packed panel of im2col columns. It is read again for every
-/// panel of weights, so it stays in half of a 32 KiB L1 cache, beside the
-/// weights and outputs that stream through.
-const COLUMN_PANEL_BYTES: usize = 16 << 10;
+/// panel of weights, so it stays in half of a 32 KiB L1 cache, or in two thirds of
+/// one of 48 KiB, beside the weights and outputs that stream through.
+fn column_panel_bytes<S: Simd>() -> usize {
+    if has_wide_units::<S>() {
+        32 << 10
+    } else {
+        16 << 10
+    }
+}
 
 /// Bytes of the packed weights that are applied to one column panel after
 /// another: at most half of a 512 KiB L2 cache.
@@ -75,7 +81,7 @@ impl<S: Simd> GemmConv<S> {
         let geometry = layer.geometry.clone();
         let planes = Planes::new(&geometry, geometry.out_size);
         let depth = geometry.group_in_channels() * geometry.taps();
-        let depth_block = depth.min(COLUMN_PANEL_BYTES / size_of::<f32>() / Self::COLUMNS);
+        let depth_block = depth.min(column_panel_bytes::<S>() / size_of::<f32>() / Self::COLUMNS);
         let dense = layer.dense_weights();
         let outputs = geometry.group_out_channels();
         let rows = tile_rows::<S>();
