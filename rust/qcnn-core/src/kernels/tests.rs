@@ -187,11 +187,13 @@ impl Expected {
         kernel.run(n, input, &mut output, &mut scratch);
         // The scale of 16-bit kernels follows the greatest values of an image.
         let reduced = kernel.name().contains("-i16-") || kernel.name().contains("-f16-");
-        let of_image = |i: usize| {
-            let len = output.len() / n;
-            let image = &self.magnitudes[i / len * len..][..len];
-            2e-3 * image.iter().fold(0.0, |a: f32, b| a.max(*b))
-        };
+        let len = (output.len() / n.max(1)).max(1);
+        let greatest: Vec<f32> = self
+            .magnitudes
+            .chunks(len)
+            .map(|image| 2e-3 * image.iter().fold(0.0, |a: f32, b| a.max(*b)))
+            .collect();
+        let of_image = |i: usize| greatest[i / len];
         let tolerance = |i: usize| {
             if kernel.name().ends_with("-i8-channels") || kernel.name().ends_with("-i8-permute") {
                 self.tolerances[i] + self.byte_tolerances[i]
@@ -1178,7 +1180,12 @@ fn conv_reduced_errors_are_small_and_the_same_on_all_levels() {
                 let mut expected = vec![0.0; 40 * 99];
                 scalar::conv(&layer, 1, &input, &mut expected);
                 for name in REDUCED_KERNELS {
-                    let limit = if name.contains("16") { 3e-3 } else { limit };
+                    let limit = match name {
+                        "-f16-rows" => 1.5e-3,
+                        // More than usual where squares are too small for float32.
+                        "-i16-rows" => 6e-3,
+                        _ => limit,
+                    };
                     let responses = reduced_responses(&layer, name, &input);
                     for (name, output) in &responses {
                         let difference: Vec<f32> = output
