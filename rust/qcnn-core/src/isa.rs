@@ -37,14 +37,14 @@ pub(crate) mod amx;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(any(test, target_arch = "x86_64"))]
+mod half;
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 mod neon;
 mod portable;
 
 use std::fmt;
 use std::str::FromStr;
-
-use half::f16;
 
 #[cfg(target_arch = "x86_64")]
 use amx::Amx;
@@ -275,55 +275,6 @@ fn map_bytes<S: Simd>(simd: S, vector: S::I8, f: impl Fn(u8) -> u8) -> S::I8 {
     unsafe { simd.load_i8(bytes.as_ptr().cast()) }
 }
 
-/// The 16-bit floats of a vector, zeros behind them.
-#[inline(always)]
-fn halves_of<S: Simd>(simd: S, vector: S::I16) -> [f16; 2 * MAX_LANES] {
-    let mut bits = [0i16; 2 * MAX_LANES];
-    // SAFETY: there is room for a vector of the most lanes.
-    unsafe { simd.store_i16(bits.as_mut_ptr(), vector) };
-    bits.map(|bits| f16::from_bits(bits.cast_unsigned()))
-}
-
-/// The inverse.
-#[inline(always)]
-fn from_halves<S: Simd>(simd: S, halves: [f16; 2 * MAX_LANES]) -> S::I16 {
-    let bits = halves.map(|half| half.to_bits().cast_signed());
-    // SAFETY: there are at least as many numbers as a vector has.
-    unsafe { simd.load_i16(bits.as_ptr()) }
-}
-
-/// [`Simd::add_f16`] on levels without such numbers: as if rounded once, because float32
-/// has more than twice the bits.
-#[inline(always)]
-fn add_halves<S: Simd>(simd: S, a: S::I16, b: S::I16) -> S::I16 {
-    let [a, b] = [a, b].map(|v| halves_of(simd, v).map(f16::to_f32));
-    from_halves(simd, std::array::from_fn(|i| f16::from_f32(a[i] + b[i])))
-}
-
-/// [`Simd::mul_add_f16`] on levels without such numbers: float64 holds all sums exactly but
-/// those of numbers of very different size.
-#[inline(always)]
-fn mul_add_halves<S: Simd>(simd: S, a: S::I16, b: S::I16, c: S::I16) -> S::I16 {
-    let [a, b, c] = [a, b, c].map(|v| halves_of(simd, v).map(f16::to_f64));
-    let sum = |i: usize| f16::from_f32(round_to_odd(a[i] * b[i] + c[i]));
-    from_halves(simd, std::array::from_fn(sum))
-}
-
-/// The float32 next to a number that is none and whose last bit is set: rounding it further
-/// gives the same as rounding the number at once.
-#[inline(always)]
-fn round_to_odd(number: f64) -> f32 {
-    let rounded = number as f32;
-    let error = number - f64::from(rounded);
-    let bits = rounded.to_bits();
-    if error == 0.0 || rounded == 0.0 || !rounded.is_finite() || bits & 1 == 1 {
-        return rounded;
-    }
-    // The other neighbour is greater or less in magnitude.
-    let outwards = (error > 0.0) == (rounded > 0.0);
-    f32::from_bits(if outwards { bits + 1 } else { bits - 1 })
-}
-
 /// [`Simd::look_up_64`] byte by byte.
 ///
 /// # Safety
@@ -527,31 +478,31 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
     fn widen_i16(self, vector: Self::I16) -> [Self::F32; 2];
 
     /// The values of `low`, then those of `high`, rounded to 16-bit floats.
+    #[cfg(any(test, target_arch = "x86_64"))]
     #[inline(always)]
     fn narrow_f16(self, low: Self::F32, high: Self::F32) -> Self::I16 {
-        let mut floats = [0.0f32; 2 * MAX_LANES];
-        self.store_first(&mut floats[..Self::LANES], low);
-        self.store_first(&mut floats[Self::LANES..2 * Self::LANES], high);
-        from_halves(self, floats.map(f16::from_f32))
+        half::narrow(self, low, high)
     }
 
     /// The inverse of [`narrow_f16`](Self::narrow_f16).
+    #[cfg(any(test, target_arch = "x86_64"))]
     #[inline(always)]
     fn widen_f16(self, vector: Self::I16) -> [Self::F32; 2] {
-        let floats = halves_of(self, vector).map(f16::to_f32);
-        [0, Self::LANES].map(|first| self.load_first(&floats[first..]))
+        half::widen(self, vector)
     }
 
     /// `a + b` of 16-bit floats.
+    #[cfg(any(test, target_arch = "x86_64"))]
     #[inline(always)]
     fn add_f16(self, a: Self::I16, b: Self::I16) -> Self::I16 {
-        add_halves(self, a, b)
+        half::add(self, a, b)
     }
 
     /// `a * b + c` of 16-bit floats, rounded once.
+    #[cfg(any(test, target_arch = "x86_64"))]
     #[inline(always)]
     fn mul_add_f16(self, a: Self::I16, b: Self::I16, c: Self::I16) -> Self::I16 {
-        mul_add_halves(self, a, b, c)
+        half::mul_add(self, a, b, c)
     }
 
     /// Pairs of the lanes of `a` and `b`, those of even lanes and those of odd
@@ -806,6 +757,8 @@ pub(crate) trait Simd: Copy + fmt::Debug + Send + Sync + 'static {
 
 #[cfg(test)]
 mod tests {
+    use ::half::f16;
+
     use super::*;
 
     #[test]
@@ -1343,7 +1296,7 @@ mod tests {
                 s.store_first(values, half);
             }
             for (i, value) in values.iter().enumerate() {
-                let expected = f16::from_f32(round_to_odd(expected(i))).to_f32();
+                let expected = f16::from_f32(half::round_to_odd(expected(i))).to_f32();
                 assert_eq!(
                     value.to_bits(),
                     expected.to_bits(),

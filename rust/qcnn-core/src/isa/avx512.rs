@@ -24,7 +24,7 @@ use std::arch::x86_64::{
     _mm512_xor_si512,
 };
 
-use super::{Simd, Task, add_halves, look_up_each, mul_add_halves};
+use super::{Simd, Task, half, look_up_each};
 
 /// Token of an AVX-512 level. VNNI multiplies 8- or 16-bit integers and adds the
 /// products up in one instruction, VBMI permutes bytes and stands for VPOPCNTDQ, too,
@@ -34,6 +34,7 @@ pub(crate) struct Avx512<const VNNI: bool, const VBMI: bool, const FP16: bool>((
 
 impl Avx512<true, true, true> {
     /// The token of the level below.
+    #[expect(clippy::unused_self, reason = "a token proves the other")]
     pub(crate) fn vbmi(self) -> Avx512<true, true, false> {
         Avx512(())
     }
@@ -331,7 +332,7 @@ impl<const VNNI: bool, const VBMI: bool, const FP16: bool> Simd for Avx512<VNNI,
             // SAFETY: `self` proves AVX-512 FP16.
             unsafe { add_f16(a, b) }
         } else {
-            add_halves(self, a, b)
+            half::add(self, a, b)
         }
     }
 
@@ -341,7 +342,7 @@ impl<const VNNI: bool, const VBMI: bool, const FP16: bool> Simd for Avx512<VNNI,
             // SAFETY: `self` proves AVX-512 FP16.
             unsafe { mul_add_f16(a, b, c) }
         } else {
-            mul_add_halves(self, a, b, c)
+            half::mul_add(self, a, b, c)
         }
     }
 

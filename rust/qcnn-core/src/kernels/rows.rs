@@ -211,6 +211,10 @@ pub(super) struct Inputs<'a> {
     /// Channels of all phases.
     phases: &'a [f32],
     /// The greatest magnitude in them, if the cells need it.
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        allow(dead_code, reason = "none there does")
+    )]
     peak: f32,
 }
 
