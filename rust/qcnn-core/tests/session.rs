@@ -584,9 +584,10 @@ fn kernels_are_named() {
             kernels.iter().map(|k| k.0).collect::<Vec<_>>(),
             ["conv", "fc"]
         );
-        // Only some kernels have more for the highest level than the one below has.
+        // Only some kernels have more for the highest levels than the ones below have.
         let isas = match session.isa() {
-            Isa::Avx512Amx => vec![Isa::Avx512Vbmi, Isa::Avx512Amx],
+            Isa::Avx512Amx => vec![Isa::Avx512Vbmi, Isa::Avx512Fp16, Isa::Avx512Amx],
+            Isa::Avx512Fp16 => vec![Isa::Avx512Vbmi, Isa::Avx512Fp16],
             isa => vec![isa],
         };
         let named = |kernel: &str| isas.iter().any(|isa| kernel.contains(isa.name()));
