@@ -273,7 +273,7 @@ fn conv_int8(bencher: Bencher<'_, '_>, case: &Case<Conv>) {
     bench_conv(bencher, case, Some(paper(Precision::Int8)));
 }
 
-/// Tables of 32 entries: two registers for each four, or rows.
+/// Tables of 32 entries: two registers for each four, or one for each, or rows.
 const TWO_REGISTERS: Setting = Setting {
     subvector_dim: 8,
     n_centroids: 32,

@@ -12,8 +12,8 @@
 //! uses for the terms of a batch. Then the magnitudes of the products behind a sum, complete
 //! or not, add up to at most `X * W`. Each of the roundings on the way makes a number greater
 //! by a factor of at most `1 + 2^-11` or by less than 2^-24, for the smallest. There are at
-//! most `C' + MAX_TERMS + 1`, of the input, in a chain and in sums, one more of the columns
-//! included: so with `X * W <= 60,000 / (1 + 2^-11)^(C' + MAX_TERMS + 1)` every sum and every
+//! most `C' + MAX_TERMS + 1`: one of the input, `C'` in a chain, the others in sums. So with
+//! `X * W <= 60,000 / (1 + 2^-11)^(C' + MAX_TERMS + 1)` every sum and every
 //! entry that one uses is less than 65,504, the greatest 16-bit float. Inputs are, because
 //! `X` is at most 2^15. Codewords that no output uses are cut to 1; their entries may
 //! overflow, but nobody looks them up.
@@ -27,7 +27,7 @@
 use ::half::f16;
 
 use super::layout::Layout;
-use super::short::add_by_code;
+use super::short::{add_by_code, greater};
 use super::{Cell, Inputs, Scale};
 use crate::isa::{MAX_LANES, Simd};
 use crate::kernels::tile::pair;
@@ -141,7 +141,6 @@ impl Cell for Half {
         }
         let mut lanes = [0.0f32; MAX_LANES];
         simd.store_first(&mut lanes[..S::LANES], greatest);
-        let greater = |a: f32, b: f32| if b > a || b.is_nan() { b } else { a };
         lanes.into_iter().fold(0.0, greater)
     }
 

@@ -409,7 +409,7 @@ pub(super) fn greatest_norm(squares: &[f32]) -> f32 {
 
 /// The greater value, or NaN if either is NaN.
 #[inline(always)]
-fn greater(a: f32, b: f32) -> f32 {
+pub(super) fn greater(a: f32, b: f32) -> f32 {
     if b > a || b.is_nan() { b } else { a }
 }
 
